@@ -1,0 +1,23 @@
+"""Attention kernels of HySparse layers: Triton on CUDA, plain PyTorch anywhere.
+
+Every op takes ``implementation``: None (Triton for CUDA tensors, the reference elsewhere), "triton" or "reference".
+Triton raises ValueError for what it does not support; it never falls back silently.
+"""
+
+from .decode.op import oracle_decode, sparse_decode
+from .merge.op import merge_branches
+from .oracle.op import oracle_attention, oracle_attention_topk
+from .sparse.op import block_sparse_attention
+from .topk.op import block_topk
+from .window.op import window_attention
+
+__all__ = [
+    "block_sparse_attention",
+    "block_topk",
+    "merge_branches",
+    "oracle_attention",
+    "oracle_attention_topk",
+    "oracle_decode",
+    "sparse_decode",
+    "window_attention",
+]
