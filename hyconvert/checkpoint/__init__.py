@@ -2,5 +2,6 @@
 
 from hyconvert.checkpoint.opening import open_source
 from hyconvert.checkpoint.source import Shard, Source, TensorInfo
+from hyconvert.checkpoint.writer import CheckpointWriter
 
-__all__ = ["Shard", "Source", "TensorInfo", "open_source"]
+__all__ = ["CheckpointWriter", "Shard", "Source", "TensorInfo", "open_source"]

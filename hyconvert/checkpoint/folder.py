@@ -80,7 +80,7 @@ class FolderSource(Source):
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         with path.open("rb") as file:
             file.seek(entry.start)
-            if file.readinto(memoryview(raw.numpy())) != entry.nbytes:
+            if file.readinto(raw.numpy().data) != entry.nbytes:
                 raise CheckpointError(
                     f"{path} ended inside tensor {name!r}: it has shrunk since it was opened"
                 )
