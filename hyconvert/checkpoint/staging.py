@@ -61,15 +61,14 @@ class StagedFolder:
         """
         self._check_target()
         with explained_os_errors(self.target):
-            if self.target.exists():
-                os.rename(self.target, self._aside)
             try:
+                if self.target.exists():
+                    os.rename(self.target, self._aside)
                 os.rename(self.path, self.target)
-            except BaseException:
-                if self._aside.exists():
+                _sync_folder(self.target.parent)
+            finally:
+                if self._aside.exists() and not self.target.exists():
                     os.rename(self._aside, self.target)
-                raise
-            _sync_folder(self.target.parent)
         shutil.rmtree(self._aside, ignore_errors=True)
 
     def discard(self) -> None:

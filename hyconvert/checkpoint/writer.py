@@ -15,7 +15,6 @@ from hyconvert.checkpoint.gguf import shard_file_name
 from hyconvert.checkpoint.safetensors_header import DTYPES
 from hyconvert.checkpoint.staging import StagedFolder, explained_os_errors
 
-
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -88,7 +87,7 @@ class CheckpointWriter:
         Args:
             name: Its file name, such as `model-00001-of-00002.safetensors`.
         """
-        if Path(name).name != name or any(name == written[0] for written in self._written):
+        if Path(name).name != name or name in {self._pending_name, *(shard for shard, _, _ in self._written)}:
             raise ValueError(f"not a new plain file name: {name!r}")
         self._flush()
         self._pending_name = name
@@ -165,7 +164,7 @@ class CheckpointWriter:
         if any(name is None for name in chosen):
             total = len(chosen)
             chosen = [shard_file_name(index, total) for index in range(1, total + 1)]
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for final, (_, path, tensors) in zip(chosen, self._written, strict=True):
             assert final is not None
             os.rename(path, self.folder / final)
