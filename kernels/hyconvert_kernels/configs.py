@@ -1,0 +1,65 @@
+"""Pinned launch configurations: one table, no autotuning (it would break graph capture)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work.
+
+    Args:
+        queries: queries per tile; times the padded head count these are the rows of a tile.
+        keys: keys per step.
+        warps, stages: Triton's num_warps and software-pipelining depth.
+        per_sm: resident programs per multiprocessor, for persistent kernels.
+        registers: cap per thread, or None.
+        precision: of float32 products ("ieee"; ignored for 16-bit inputs).
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    per_sm: int = 1
+    registers: int | None = None
+    precision: str = "ieee"
+
+    def programs(self, device: torch.device) -> int:
+        """Size of a persistent grid."""
+        return processors(device) * self.per_sm
+
+    def launch(self) -> dict:
+        """Keyword arguments of the kernel launch."""
+        extra = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **extra}
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 2 elsewhere (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Element strides of all but the last dimension, which must be contiguous."""
+    return x.stride()[:3]
+
+
+def queries_per_tile(rows: int, ratio: int) -> int:
+    """Queries such that the group's heads fill about ``rows`` rows: a power of two, at most 64 (a row bitmap's bits)."""
+    return max(1, min(64, rows // triton.next_power_of_2(ratio)))
+
+
+def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
+    """Forward of oracle attention."""
+    if dtype == torch.float32:
+        return Tile(queries_per_tile(32, ratio), 32, 4, 1)
+    if dim > 128:
+        return Tile(queries_per_tile(128, ratio), 32, 8, 2)
+    return Tile(queries_per_tile(128, ratio), 64, 8, 3)

@@ -1,0 +1,73 @@
+"""Triton helpers shared by the attention kernels.
+
+A tile holds ``BQ`` consecutive queries of all heads of one KV group, so that every key and value it loads serves the
+whole group: row ``i`` is query ``i // RP``, head ``i % RP``, where RP is the group's head count rounded up to a power of
+two (the spare rows are idle). Logits are kept in log2 units (``exp2`` is the hardware's exponential).
+"""
+
+import triton
+import triton.language as tl
+
+FAR: tl.constexpr = tl.constexpr(2147483647)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(base, offsets, row_ok, D: tl.constexpr, DP: tl.constexpr):
+    """Load ``[rows, DP]`` from rows at int64 ``offsets`` (last stride 1); idle rows and columns from D on are 0."""
+    columns = tl.arange(0, DP)
+    mask = row_ok[:, None]
+    if D < DP:
+        mask = mask & (columns < D)[None, :]
+    return tl.load(base + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, offsets, values, row_ok, D: tl.constexpr, DP: tl.constexpr):
+    """Store ``[rows, DP]`` as `load_rows` loads it."""
+    columns = tl.arange(0, DP)
+    mask = row_ok[:, None]
+    if D < DP:
+        mask = mask & (columns < D)[None, :]
+    tl.store(base + offsets[:, None] + columns[None, :], values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_keys(base, stride, first, end, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr):
+    """Load slots ``first .. first + BN`` as ``[BN, DP]``; with MASK, slots from ``end`` on are 0."""
+    keys = tl.arange(0, BN)
+    columns = tl.arange(0, DP)
+    pointers = base + tl.cast(first, tl.int64) * stride + (keys[:, None] * stride + columns[None, :])
+    if MASK:
+        mask = (first + keys < end)[:, None]
+        if D < DP:
+            mask = mask & (columns < D)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    if D < DP:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def softmax_step(logits, v, acc, top, total, MASK: tl.constexpr, PREC: tl.constexpr):
+    """One online-softmax update with ``logits [rows, keys]`` in log2 units (-inf where masked)."""
+    new = tl.maximum(top, tl.max(logits, 1))
+    safe = new
+    if MASK:
+        safe = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(logits - safe[:, None])
+    decay = tl.exp2(top - safe)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
+    return acc, new, total
+
+
+@triton.jit
+def finish(acc, top, total):
+    """Normalised output and natural-log sum-exp; an empty row gives 0 and -inf."""
+    empty = total == 0.0
+    safe = tl.where(empty, 1.0, total)
+    out = acc / safe[:, None]
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * LN2)
+    return out, lse

@@ -1,0 +1,21 @@
+"""Run Triton kernels through its CPU interpreter where there is no GPU (float32 and short sequences only)."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        pass
+    else:
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def with_scalar_index(tensor, scope):
+            """NumPy 2.4 no longer turns one-element arrays into integers, which the interpreter's loops rely on."""
+            patch_tensor(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+        interpreter._patch_lang_tensor = with_scalar_index
