@@ -63,3 +63,38 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
     if dim > 128:
         return Tile(queries_per_tile(128, ratio), 32, 8, 2)
     return Tile(queries_per_tile(128, ratio), 64, 8, 3)
+
+
+def sparse_tile(dtype: torch.dtype, dim: int, ratio: int, block_size: int) -> Tile:
+    """Block-sparse forward; the queries per tile are the union's."""
+    if dtype == torch.float32:
+        return Tile(0, min(32, block_size), 8, 1)
+    if dim > 128:
+        return Tile(0, 32, 8, 2)
+    return Tile(0, 64, 8, 3)
+
+
+def window_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
+    """Window forward."""
+    if dtype == torch.float32:
+        return Tile(queries_per_tile(32, ratio), 32, 4, 1)
+    if dim > 128:
+        return Tile(queries_per_tile(64, ratio), 32, 8, 2)
+    return Tile(queries_per_tile(128, ratio), 64, 8, 2)
+
+
+def decode_tile(dtype: torch.dtype, dim: int) -> Tile:
+    """Full-layer decode: bytes bound, so deep pipelines and small tiles."""
+    if dtype == torch.float32:
+        return Tile(1, 32, 4, 1)
+    return Tile(1, 64 if dim <= 128 else 32, 4, 3)
+
+
+def decode_splits(lines: int, steps: int, device: torch.device) -> int:
+    """Splits of a row's keys: about four programs per multiprocessor, at most one per step and 128."""
+    return max(1, min(128, steps, triton.cdiv(4 * processors(device), lines)))
+
+
+def sparse_decode_tile(dtype: torch.dtype, dim: int) -> Tile:
+    """Sparse-layer decode."""
+    return Tile(1, 32 if dtype == torch.float32 or dim > 128 else 64, 4, 1 if dtype == torch.float32 else 2)

@@ -1,0 +1,130 @@
+"""Triton decode of a full layer: split keys, then one launch joins the splits and selects the blocks."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..configs import Tile, decode_splits, decode_tile, strides
+from ..tiles import LN2, finish, load_keys, load_rows, softmax_step, store_rows
+from ..topk.forward import select_blocks
+
+
+@triton.jit
+def _split(
+    Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, scale_log2, window,
+    G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    split, line = tl.program_id(0), tl.program_id(1)
+    row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
+    r = tl.arange(0, RM)
+    row_ok = r < R
+    q = load_rows(Q + row64 * sqb, (group64 * R + r) * sqh, row_ok, D, DP)
+    slot = tl.load(OFFSET + row64).to(tl.int32)
+    start = tl.load(START + row64).to(tl.int32)
+    per = tl.cdiv(tl.cdiv(slot + 1 - start, BN), SPLITS) * BN
+    begin = start + split * per
+    end = tl.minimum(begin + per, slot + 1)
+    free = begin + tl.maximum(tl.minimum(end, slot - window + 1) - begin, 0) // BN * BN
+    k_base = K + row64 * skb + group64 * skg
+    v_base = V + row64 * svb + group64 * svg
+    raw = RAW + (line.to(tl.int64) * R + r) * NB
+    top = tl.full([RM], float("-inf"), tl.float32)
+    total = tl.zeros([RM], tl.float32)
+    acc = tl.zeros([RM, DP], tl.float32)
+    parts: tl.constexpr = BN // BLOCK
+    for n in tl.range(begin, free, BN, num_stages=STAGES):
+        k = load_keys(k_base, sks, n, end, BN, D, DP, False)
+        logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+        best = tl.max(tl.reshape(logits, [RM, parts, BLOCK]), 2)
+        at = (n - start) // BLOCK + tl.arange(0, parts)
+        tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None])
+        v = load_keys(v_base, svs, n, end, BN, D, DP, False)
+        acc, top, total = softmax_step(logits, v, acc, top, total, False, PREC)
+    for n in tl.range(free, end, BN, num_stages=1):
+        k = load_keys(k_base, sks, n, end, BN, D, DP, True)
+        logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+        keys = n + tl.arange(0, BN)[None, :]
+        outside = tl.where(keys <= slot - window, logits, float("-inf"))
+        best = tl.max(tl.reshape(outside, [RM, parts, BLOCK]), 2)
+        at = (n - start) // BLOCK + tl.arange(0, parts)
+        tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None] & (at < NB)[None, :])
+        logits = tl.where(keys < end, logits, float("-inf"))
+        v = load_keys(v_base, svs, n, end, BN, D, DP, True)
+        acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
+    out, lse = finish(acc, top, total)
+    place = (line.to(tl.int64) * R + r) * SPLITS + split
+    store_rows(PART, place * D, out, row_ok, D, DP)
+    tl.store(PART_LSE + place, lse / LN2, mask=row_ok)
+
+
+@triton.jit
+def join_lse(part_lse, splits, SP: tl.constexpr):
+    """Log2-sum-exp2 over ``splits`` and each split's share ``[SP]``; no keys at all: -inf and zeros."""
+    split = tl.arange(0, SP)
+    lse = tl.load(part_lse + split, mask=split < splits, other=float("-inf"))
+    top = tl.max(lse)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(lse - safe)
+    total = tl.sum(weight)
+    return tl.where(total == 0.0, float("-inf"), safe + tl.log2(total)), weight / tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def _join(
+    PART, PART_LSE, RAW, OUT, LSE, INDICES, OFFSET, START, NB, window, TOPK,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    job, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if job < R:
+        place = (line * R + job) * SPLITS
+        lse, share = join_lse(PART_LSE + place, SPLITS, SP)
+        split = tl.arange(0, SP)
+        part = load_rows(PART, (place + split) * D, split < SPLITS, D, DP)
+        out = tl.sum(part * share[:, None], 0)
+        column = tl.arange(0, DP)
+        tl.store(OUT + (line * R + job) * D + column, out.to(OUT.dtype.element_ty), mask=column < D)
+        tl.store(LSE + line * R + job, lse * LN2)
+    else:
+        last = tl.load(OFFSET + line // G).to(tl.int32) - window - tl.load(START + line // G).to(tl.int32)
+        blocks = tl.where(last < 0, 0, last // BLOCK + 1)
+        block = tl.arange(0, N)
+        best = tl.full([N], -1.0, tl.float32)
+        for head in range(R):
+            lse, _ = join_lse(PART_LSE + (line * R + head) * SPLITS, SPLITS, SP)
+            value = tl.load(RAW + (line * R + head) * NB + block, mask=block < blocks, other=float("-inf"))
+            best = tl.maximum(best, tl.exp2(value - lse))
+        win, place = select_blocks(best, block < blocks, TOPK, 30)
+        count = tl.sum(win.to(tl.int32))
+        tl.store(INDICES + line * TOPK + place, block, mask=win)
+        slot = tl.arange(0, KP)
+        tl.store(INDICES + line * TOPK + slot, tl.full([KP], -1, tl.int32), mask=(slot >= count) & (slot < TOPK))
+
+
+def oracle_decode(q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, tile: Tile | None = None):
+    """Fill ``out``, ``lse`` and ``indices``; all three contiguous."""
+    batch, heads, _, dim = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    ratio = heads // groups
+    tile = tile or decode_tile(q.dtype, dim)
+    keys = max(tile.keys, block_size)
+    splits = decode_splits(batch * groups, triton.cdiv(slots, keys), q.device)
+    blocks = triton.cdiv(slots, block_size)
+    part = torch.empty(batch * heads * splits * dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(batch * heads * splits, dtype=torch.float32, device=q.device)
+    raw = torch.empty(batch * heads * blocks, dtype=torch.float32, device=q.device)
+    padded = triton.next_power_of_2(dim)
+    _split[(splits, batch * groups)](
+        q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
+        blocks, scale * 1.4426950408889634, window,
+        G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
+        SPLITS=splits, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
+    )  # fmt: skip
+    size = max(32, triton.next_power_of_2(blocks))
+    topk = indices.shape[3]
+    _join[(ratio + 1, batch * groups)](
+        part, part_lse, raw, out, lse, indices, q_offset, start, blocks, window, topk,
+        G=groups, R=ratio, D=dim, DP=padded, BLOCK=block_size, SPLITS=splits, SP=triton.next_power_of_2(splits),
+        KP=triton.next_power_of_2(topk), N=size, num_warps=max(4, min(16, size // 512)),
+    )  # fmt: skip

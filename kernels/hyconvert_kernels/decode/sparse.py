@@ -1,0 +1,172 @@
+"""Triton decode of a sparse layer in one launch: window, selected blocks, value map and merge.
+
+Programs share a (row, KV group) by splitting its window and its blocks; the last of them to finish (an integer counter
+says which) joins the parts in a fixed order, so the result does not depend on who comes last.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ..configs import Tile, processors, sparse_decode_tile, strides
+from ..tiles import LN2, finish, load_rows, softmax_step, store_rows
+
+
+@triton.jit
+def _attend(q, k_base, v_base, k_stride, v_stride, keys, ok, acc, top, total, scale_log2, D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    k = load_rows(k_base, keys.to(tl.int64) * k_stride, ok, D, DP)
+    v = load_rows(v_base, keys.to(tl.int64) * v_stride, ok, D, DP)
+    logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+    logits = tl.where(ok[None, :], logits, float("-inf"))
+    return softmax_step(logits, v, acc, top, total, True, PREC)
+
+
+@triton.jit
+def _join_branch(part, part_lse, first: tl.constexpr, end: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Join splits ``first .. end`` of one branch: output ``[RM, DP]`` and log2-sum-exp2 ``[RM]``."""
+    r = tl.arange(0, RM)
+    column = tl.arange(0, DP)
+    acc = tl.zeros([RM, DP], tl.float32)
+    top = tl.full([RM], float("-inf"), tl.float32)
+    total = tl.zeros([RM], tl.float32)
+    for at in tl.static_range(first, end, CHUNK):
+        split = at + tl.arange(0, CHUNK)
+        there = (split < end)[:, None] & (r < R)[None, :]
+        place = split[:, None] * RM + r[None, :]
+        lse = tl.load(part_lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        out = tl.load(
+            part + place[:, :, None] * D + column[None, None, :],
+            mask=there[:, :, None] & (column < D)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        new = tl.maximum(top, tl.max(lse, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weight = tl.exp2(lse - safe[None, :])
+        decay = tl.exp2(top - safe)
+        acc = acc * decay[:, None] + tl.sum(out * weight[:, :, None], 0)
+        total = total * decay + tl.sum(weight, 0)
+        top = new
+    out, lse = finish(acc, top, total)
+    return out, lse
+
+
+@triton.jit
+def _sparse_decode(
+    Q, KW, VW, QS, K, V, INDICES, GATE, MAP, OUT, PART, PART_LSE, COUNTER, OFFSET, START, W_OFFSET, W_START,
+    sqb, sqh, swkb, swkg, swks, swvb, swvg, swvs, spb, sph, skb, skg, sks, svb, svg, svs, sgb, sgh,
+    TOPK, ring, window, scale_log2,
+    G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, RING: tl.constexpr,
+    MAPPED: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    split, line = tl.program_id(0), tl.program_id(1)
+    row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
+    r = tl.arange(0, RM)
+    row_ok = r < R
+    n = tl.arange(0, BN)
+    head = group64 * R + r
+    top = tl.full([RM], float("-inf"), tl.float32)
+    total = tl.zeros([RM], tl.float32)
+    acc = tl.zeros([RM, DP], tl.float32)
+    slot = tl.load(OFFSET + row64).to(tl.int32)
+    start = tl.load(START + row64).to(tl.int32)
+    if split < W_SPLITS:
+        q = load_rows(Q + row64 * sqb, head * sqh, row_ok, D, DP)
+        if not RING:
+            slot = tl.load(W_OFFSET + row64).to(tl.int32)
+            start = tl.load(W_START + row64).to(tl.int32)
+        steps = tl.cdiv(tl.cdiv(window, BN), W_SPLITS)
+        for step in tl.range(split * steps, split * steps + steps, num_stages=STAGES):
+            keys = slot - window + 1 + step * BN + n
+            ok = (keys >= tl.maximum(start, 0)) & (keys <= slot)
+            if RING:
+                keys = tl.where(ok, keys, 0) % ring
+            acc, top, total = _attend(
+                q, KW + row64 * swkb + group64 * swkg, VW + row64 * swvb + group64 * swvg, swks, swvs, keys, ok,
+                acc, top, total, scale_log2, D, DP, PREC,
+            )  # fmt: skip
+    else:
+        q = load_rows(QS + row64 * spb, head * sph, row_ok, D, DP)
+        steps = tl.cdiv(tl.cdiv(TOPK * BLOCK, BN), S_SPLITS)
+        begin = (split - W_SPLITS) * steps
+        for step in tl.range(begin, begin + steps, num_stages=STAGES):
+            entry = (step * BN + n) // BLOCK
+            block = tl.load(INDICES + line.to(tl.int64) * TOPK + entry, mask=entry < TOPK, other=-1)
+            keys = start + block * BLOCK + (step * BN + n) % BLOCK
+            acc, top, total = _attend(
+                q, K + row64 * skb + group64 * skg, V + row64 * svb + group64 * svg, sks, svs, keys,
+                (block >= 0) & (keys <= slot - window), acc, top, total, scale_log2, D, DP, PREC,
+            )  # fmt: skip
+    out, lse = finish(acc, top, total)
+    splits: tl.constexpr = W_SPLITS + S_SPLITS
+    base = line.to(tl.int64) * splits * RP
+    place = base + split * RP + r
+    store_rows(PART, place * D, out, row_ok, D, DP)
+    tl.store(PART_LSE + place, lse / LN2, mask=row_ok)
+    tl.debug_barrier()
+    if tl.atomic_add(COUNTER + line, 1) == splits - 1:
+        tl.store(COUNTER + line, 0)
+        part, part_lse = PART + base * D, PART_LSE + base
+        out_w, lse_w = _join_branch(part, part_lse, 0, W_SPLITS, R, RP, D, DP, CHUNK)
+        out_s, lse_s = _join_branch(part, part_lse, W_SPLITS, splits, R, RP, D, DP, CHUNK)
+        rp = tl.arange(0, RP)
+        column = tl.arange(0, DP)
+        if MAPPED:
+            mapped = tl.zeros([RP, DP], tl.float32)
+            for h in tl.static_range(R):
+                x = tl.sum(tl.where((rp == h)[:, None], out_s, 0.0), 0)
+                x = x.to(OUT.dtype.element_ty).to(tl.float32)
+                weight = load_rows(MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP)
+                y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
+                mapped = tl.where((rp == h)[:, None], y[None, :], mapped)
+            out_s = mapped
+        ok = rp < R
+        gate = tl.load(GATE + row64 * sgb + (group64 * R + rp) * sgh, mask=ok, other=0.0).to(tl.float32)
+        empty = lse_s == float("-inf")
+        share = tl.where(empty, 0.0, tl.sigmoid(tl.where(empty, 0.0, lse_s) - lse_w + gate))
+        merged = share[:, None] * out_s + (1.0 - share)[:, None] * out_w
+        store_rows(OUT, (row64 * G * R + group64 * R + rp) * D, merged, ok, D, DP)
+
+
+@functools.cache
+def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
+    """Zeroed counters that every launch leaves zeroed; one set per stream, since launches on one stream do not overlap."""
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def sparse_decode(
+    q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, out, *, block_size, window, scale,
+    value_map=None, window_offset=None, window_start=None, tile: Tile | None = None, splits=None,
+):  # fmt: skip
+    """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous."""
+    batch, heads, _, dim = q.shape
+    groups = k.shape[1]
+    ratio = heads // groups
+    lines = batch * groups
+    tile = tile or sparse_decode_tile(q.dtype, dim)
+    topk = indices.shape[3]
+    w_steps, s_steps = triton.cdiv(window, tile.keys), triton.cdiv(topk * block_size, tile.keys)
+    if splits is None:  # about three programs per multiprocessor, every split at least one step
+        want = max(2, 3 * processors(q.device) // lines)
+        per = triton.cdiv(w_steps + s_steps, want)
+        splits = triton.cdiv(w_steps, per), triton.cdiv(s_steps, per)
+    count = sum(splits)
+    padded_ratio = triton.next_power_of_2(ratio)
+    part = torch.empty(lines * count * padded_ratio * dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(lines * count * padded_ratio, dtype=torch.float32, device=q.device)
+    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+    counter = _counters(q.device, stream, max(1024, triton.next_power_of_2(lines)))
+    ring = window_offset is None
+    padded = triton.next_power_of_2(dim)
+    _sparse_decode[(count, lines)](
+        q, k_window, v_window, q_sparse, k, v, indices, gate, value_map if value_map is not None else q, out,
+        part, part_lse, counter, q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
+        q.stride(0), q.stride(1), *strides(k_window), *strides(v_window), q_sparse.stride(0), q_sparse.stride(1),
+        *strides(k), *strides(v), gate.stride(0), gate.stride(1), topk, k_window.shape[2], window,
+        scale * 1.4426950408889634,
+        G=groups, R=ratio, RM=max(16, padded_ratio), RP=padded_ratio, D=dim, DP=padded, BN=tile.keys, BLOCK=block_size,
+        W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, MAPPED=value_map is not None,
+        CHUNK=max(1, min(triton.next_power_of_2(max(splits)), 4096 // (padded_ratio * padded))), PREC=tile.precision,
+        STAGES=tile.stages, **tile.launch(),
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Triton forward of block-sparse attention: a merge of sorted selections builds each tile's union, a tile walks it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..configs import Tile, sparse_tile, strides
+from ..tiles import FAR, finish, load_rows, softmax_step, store_rows
+from .union import BlockUnion, union_capacity, union_queries
+
+
+@triton.jit
+def _build_union(INDICES, START, SLOTS, BITS, COUNTS, T, K, CAP, tiles, G, BLOCK: tl.constexpr, BQ: tl.constexpr):
+    """Merge the tile's sorted lists: per step emit the smallest head, with the bitmap of the queries that hold it."""
+    tile, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = tl.arange(0, BQ)
+    t = tile * BQ + i
+    ok = t < T
+    first = tl.load(START + (line // G) * T + t, mask=ok, other=0).to(tl.int32)
+    lists = INDICES + (line * T + t) * K
+    out = (line * tiles + tile) * CAP
+    at = tl.zeros([BQ], tl.int32)
+    block = tl.load(lists, mask=ok, other=-1)
+    head = tl.where(block >= 0, first + block * BLOCK, FAR)
+    lowest = tl.min(head)
+    count = 0
+    one = tl.full([BQ], 1, BITS.dtype.element_ty)
+    while lowest < FAR:
+        held = head == lowest
+        tl.store(SLOTS + out + count, lowest)
+        tl.store(BITS + out + count, tl.sum(tl.where(held, one << i.to(one.dtype), 0)))
+        count += 1
+        at += held.to(tl.int32)
+        block = tl.load(lists + at, mask=ok & held & (at < K), other=-1)
+        head = tl.where(held, tl.where(block >= 0, first + block * BLOCK, FAR), head)
+        lowest = tl.min(head)
+    tl.store(COUNTS + line * tiles + tile, count)
+
+
+@triton.jit
+def union_keys(slots, bits, i, count, BN: tl.constexpr, BLOCK: tl.constexpr):
+    """Key slots ``[BN]`` and their query bitmaps (0 past the end) of the ``i``-th step through a union."""
+    n = tl.arange(0, BN)
+    if BN <= BLOCK:
+        parts: tl.constexpr = BLOCK // BN
+        entry = i // parts
+        return tl.load(slots + entry) + (i % parts) * BN + n, tl.load(bits + entry) + tl.zeros([BN], bits.dtype.element_ty)
+    else:
+        entry = i * (BN // BLOCK) + n // BLOCK
+        inside = entry < count
+        key = tl.load(slots + entry, mask=inside, other=0) + n % BLOCK
+        return key, tl.load(bits + entry, mask=inside, other=0)
+
+
+@triton.jit
+def load_at(base, stride, keys, ok, D: tl.constexpr, DP: tl.constexpr):
+    """Load ``[BN, DP]`` from the slots ``keys [BN]``; zero where not ``ok``."""
+    return load_rows(base, keys.to(tl.int64) * stride, ok, D, DP)
+
+
+@triton.jit
+def _sparse_forward(
+    Q, K, V, OUT, LSE, SLOTS, BITS, COUNTS, OFFSET, START,
+    sqb, sqh, sqt, skb, skg, sks, svb, svg, svs, sob, soh, sot,
+    T, CAP, tiles, scale_log2, window,
+    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    BM: tl.constexpr = BQ * RP
+    tile, line = tl.program_id(0), tl.program_id(1)
+    tile = tiles - 1 - tile
+    row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
+    rows = tl.arange(0, BM)
+    r, i = rows % RP, rows // RP
+    t = tile * BQ + i
+    row_ok = (t < T) & (r < R)
+    head = group64 * R + r
+    q = load_rows(Q + row64 * sqb, head * sqh + t.to(tl.int64) * sqt, row_ok, D, DP)
+    limit = tl.load(OFFSET + row64).to(tl.int32) + t - window
+    last = tl.max(tl.where(row_ok, limit, -1))
+    k_base = K + row64 * skb + group64 * skg
+    v_base = V + row64 * svb + group64 * svg
+    place = line.to(tl.int64) * tiles + tile
+    count = tl.load(COUNTS + place)
+    slots, bits = SLOTS + place * CAP, BITS + place * CAP
+    if BN <= BLOCK:
+        steps = count * (BLOCK // BN)
+    else:
+        steps = tl.cdiv(count, BN // BLOCK)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        keys, wanted = union_keys(slots, bits, step, count, BN, BLOCK)
+        k = load_at(k_base, sks, keys, keys <= last, D, DP)
+        logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+        ok = ((wanted[None, :] >> i[:, None].to(wanted.dtype)) & 1) != 0
+        logits = tl.where(ok & (keys[None, :] <= limit[:, None]), logits, float("-inf"))
+        v = load_at(v_base, svs, keys, keys <= last, D, DP)
+        acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
+    out, lse = finish(acc, top, total)
+    store_rows(OUT + row64 * sob, head * soh + t.to(tl.int64) * sot, out, row_ok, D, DP)
+    tl.store(LSE + (row64 * G * R + head) * T + t, lse, mask=row_ok)
+
+
+def build_union(indices, start, *, slots: int, block_size: int, ratio: int) -> BlockUnion:
+    """`union.build_union` on the GPU."""
+    batch, groups, length, topk = indices.shape
+    queries = union_queries(ratio)
+    tiles = triton.cdiv(length, queries)
+    capacity = union_capacity(queries, topk, slots, block_size)
+    wide = torch.int64 if queries > 32 else torch.int32
+    union = BlockUnion(
+        indices.new_empty(batch, groups, tiles, capacity),
+        indices.new_empty(batch, groups, tiles, capacity, dtype=wide),
+        indices.new_empty(batch, groups, tiles),
+    )
+    _build_union[(tiles, batch * groups)](
+        indices, start, *union, length, topk, capacity, tiles, groups, BLOCK=block_size, BQ=queries, num_warps=1
+    )
+    return union
+
+
+def forward(q, k, v, union: BlockUnion, q_offset, start, out, lse, *, block_size, window, scale, tile: Tile | None = None):
+    """Fill ``out`` and ``lse``."""
+    batch, heads, length, dim = q.shape
+    groups = k.shape[1]
+    ratio = heads // groups
+    tile = tile or sparse_tile(q.dtype, dim, ratio, block_size)
+    tiles, capacity = union.slots.shape[2:]
+    _sparse_forward[(tiles, batch * groups)](
+        q, k, v, out, lse, *union, q_offset, start, *strides(q), *strides(k), *strides(v), *strides(out),
+        length, capacity, tiles, scale * 1.4426950408889634, window,
+        G=groups, R=ratio, RP=triton.next_power_of_2(ratio), BQ=union_queries(ratio), D=dim,
+        DP=triton.next_power_of_2(dim), BN=tile.keys, BLOCK=block_size, PREC=tile.precision, STAGES=tile.stages,
+        **tile.launch(),
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""The union of the blocks that a tile of neighbouring queries selected.
+
+Neighbouring queries select mostly the same blocks, so a tile that walks the union once, under a bitmap of which query
+wants which block, moves far fewer bytes than gathering per query, and is exact. A union is built once per full layer
+and serves all of its sparse layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..configs import queries_per_tile
+
+UNION_ROWS = 128
+
+
+class BlockUnion(NamedTuple):
+    """What `build_union` returns; pass it on to `block_sparse_attention` as ``union``.
+
+    Attributes:
+        slots: int32 ``[B,G,NT,CAP]``, first slot of each block of the tile's union, ascending; entries from the tile's
+            count on are undefined.
+        bits: int32 or int64 ``[B,G,NT,CAP]``; bit i says that query i of the tile selected the block.
+        counts: int32 ``[B,G,NT]``.
+    """
+
+    slots: Tensor
+    bits: Tensor
+    counts: Tensor
+
+
+def union_queries(ratio: int) -> int:
+    """Queries per tile for ``ratio`` query heads per KV head."""
+    return queries_per_tile(UNION_ROWS, ratio)
+
+
+def union_capacity(queries: int, topk: int, slots: int, block_size: int) -> int:
+    """Entries a tile can need at most: every selection distinct, or every block (once more per document) present."""
+    return min(queries * topk, -(-slots // block_size) + queries)
+
+
+def build_union(indices: Tensor, start: Tensor, *, slots: int, block_size: int, ratio: int) -> BlockUnion:
+    """Union of the selected blocks per tile, in plain PyTorch; the kernel's truth.
+
+    Args:
+        indices: int32 ``[B,G,T,K]``, ascending, packed to the left, -1 padded (`block_topk`).
+        start: int ``[B,T]``.
+        slots: slots S of the source's keys.
+        block_size: keys per block.
+        ratio: query heads per KV head.
+    """
+    batch, groups, length, topk = indices.shape
+    queries = union_queries(ratio)
+    tiles = -(-length // queries)
+    capacity = union_capacity(queries, topk, slots, block_size)
+    wide = torch.int64 if queries > 32 else torch.int32
+    union = BlockUnion(
+        indices.new_zeros(batch, groups, tiles, capacity),
+        indices.new_zeros(batch, groups, tiles, capacity, dtype=wide),
+        indices.new_zeros(batch, groups, tiles),
+    )
+    for b in range(batch):
+        for g in range(groups):
+            for tile in range(tiles):
+                members: dict[int, int] = {}
+                for i, t in enumerate(range(tile * queries, min(length, (tile + 1) * queries))):
+                    for block in indices[b, g, t].tolist():
+                        if block >= 0:
+                            slot = int(start[b, t]) + block * block_size
+                            members[slot] = members.get(slot, 0) | 1 << i
+                for at, slot in enumerate(sorted(members)):
+                    bits = members[slot]
+                    if wide is torch.int32 and bits >= 1 << 31:
+                        bits -= 1 << 32
+                    if wide is torch.int64 and bits >= 1 << 63:
+                        bits -= 1 << 64
+                    union.slots[b, g, tile, at], union.bits[b, g, tile, at] = slot, bits
+                union.counts[b, g, tile] = len(members)
+    return union
