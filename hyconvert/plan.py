@@ -53,7 +53,7 @@ class Plan(BaseModel):
         layers: one `LayerPlan` per decoder layer, in order.
         block_size: keys per block.
         topk: blocks a sparse or reuse layer reads per query token and KV head.
-        window: most recent keys (the query's own among them) of the window branch.
+        window: most recent keys (the query's own among them) of the window branch, at least 2.
         gate: how the two branches are mixed, a key of `hyconvert.modeling.gates.GATES`.
         sinks: whether each branch has a learnable per-head sink in its denominator.
         maps: whether sparse layers have a query and a value map; None means "with the merge gate only".
@@ -66,7 +66,7 @@ class Plan(BaseModel):
     layers: tuple[LayerPlan, ...]
     block_size: int = Field(default=64, ge=1)
     topk: int = Field(default=16, ge=1)
-    window: int = Field(default=128, ge=1)
+    window: int = Field(default=128, ge=2)
     gate: Literal["merge", "sigmoid"] = "merge"
     sinks: bool = False
     maps: bool | None = None

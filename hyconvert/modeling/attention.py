@@ -117,15 +117,16 @@ class HyConvertAttention(nn.Module):
         q, k, v = self.project(hidden_states)
         q_rot = self.rotate(q, position_embeddings) if self.use_rope else q
         k = self.rotate(k, position_embeddings) if self.use_rope else k
-        first_slot = 0
         if past_key_values is not None:
-            first_slot = past_key_values.get_mask_sizes(q.shape[2], self.layer_idx)[1]
             k, v = past_key_values.update(k, v, self.layer_idx)
+        state = state.to(q.device)
         if self.kind == "full" or (state.dense and self.kind != "sliding"):
             out = self._full(q_rot, k, v, state)
         else:
+            # A window cache ends with the newest token; a cache with room left begins with slot 0.
+            first_slot = (state.q_offset + q.shape[2] - k.shape[2]).clamp(min=0)
             out, lse = window_attention(
-                q_rot, k, v, state.q_offset - first_slot, (state.start - first_slot).clamp(min=0),
+                q_rot, k, v, state.q_offset - first_slot, (state.start - first_slot[:, None]).clamp(min=0),
                 window=self.window, scale=self.scaling, implementation=self.implementation,
             )  # fmt: skip
             out, lse = with_sink(out, lse, self.window_sink)

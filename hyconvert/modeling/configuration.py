@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hyconvert.errors import CheckpointError
+from hyconvert.errors import CheckpointError, PlanError
 from hyconvert.modeling.families import FAMILIES, Family, base_window, family_of
 from hyconvert.plan import Plan
 
@@ -136,8 +136,6 @@ def check_fits(plan: Plan, base: PreTrainedConfig) -> None:
     Raises:
         PlanError: wrong number of layers, or the base's sliding layers are not kept.
     """
-    from hyconvert.errors import PlanError
-
     count = base.num_hidden_layers
     if len(plan.layers) != count:
         raise PlanError(f"the plan has {len(plan.layers)} layers, but the model has {count}; make a plan for this model")

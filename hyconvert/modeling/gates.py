@@ -39,7 +39,7 @@ class MergeGate(nn.Module):
         Returns:
             [B, H, T, d].
         """
-        logit = nn.functional.linear(x, self.weight, self.bias).transpose(1, 2).float()
+        logit = nn.functional.linear(x, self.weight, self.bias).transpose(1, 2).to(lse_w.dtype)
         return merge_branches(out_w, lse_w, out_s, lse_s, logit)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.conversion_mapping import (
@@ -69,6 +71,19 @@ class HyConvertForCausalLM(PreTrainedModel):
                 f"own; leave it out or choose one of {', '.join(map(repr, IMPLEMENTATIONS))}"
             )
         return requested_attention
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        chosen = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+        if enable and chosen:
+            raise ValueError(
+                "reentrant gradient checkpointing would lose the gradient that sparse layers send to their source "
+                "layers; pass {'use_reentrant': False}, or no arguments at all"
+            )
+        if chosen is None:
+            gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -137,6 +152,8 @@ def model_class_of(family: Family) -> Any:
 def _prepare_backbone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the decoder: work out sequence starts once, and pass them to every layer."""
     kwargs = dict(zip(_BACKBONE_ARGUMENTS, args, strict=False)) | kwargs
+    if kwargs.get("output_attentions"):
+        raise ValueError("converted models never hold attention weights; leave out output_attentions")
     config: Any = module.config
     tokens = kwargs.get("input_ids")
     if tokens is None:
@@ -174,7 +191,8 @@ def fit_cache(cache: Cache, windows: list[int | None]) -> None:
     for index, window in enumerate(windows):
         layer = cache.layers[index]
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != window:
-            cache.layers[index] = DynamicSlidingWindowLayer(sliding_window=window)
+            cache.layers[index] = fitted = DynamicSlidingWindowLayer(sliding_window=window)
+            fitted.record_past = layer.record_past
         elif isinstance(layer, StaticSlidingWindowLayer) and not layer.is_initialized:
             longest = max(other.max_cache_len for other in cache.layers)
             if layer.max_cache_len != min(window or longest, longest):

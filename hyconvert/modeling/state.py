@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,12 @@ class ForwardState:
     dense: bool = False
     oracles_wanted: frozenset[int] = frozenset()
 
+    def to(self, device: torch.device) -> ForwardState:
+        """The same state with its tensors on another device; the oracle states stay shared."""
+        if self.q_offset.device == device:
+            return self
+        return replace(self, q_offset=self.q_offset.to(device), start=self.start.to(device))
+
 
 def prepare_state(
     batch: int,
@@ -76,7 +82,7 @@ def prepare_state(
         The state to pass to every layer.
 
     Raises:
-        ValueError: the mask is not 2-D, or has padding inside a sequence.
+        ValueError: the mask is not 2-D, is too short, or has padding inside a sequence.
     """
     past = cache.get_seq_length(cache_layer) if cache is not None else 0
     q_offset = torch.zeros(batch, dtype=torch.int64, device=device) + past
@@ -96,11 +102,16 @@ def _starts_from_mask(mask: Tensor, past: int | Tensor, length: int) -> Tensor:
             f"converted models take a 2-D attention mask [batch, tokens] with 0 for padding, not one of shape "
             f"{tuple(mask.shape)}; pack documents with position_ids instead"
         )
+    if isinstance(past, int) and mask.shape[1] < past + length:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[1]} tokens, but {past} are cached and {length} are new; it must "
+            f"cover all {past + length}"
+        )
     real = mask.bool()
     slots = torch.arange(real.shape[1], device=mask.device)
     last_pad = torch.where(real, -1, slots).cummax(dim=1).values
     start = torch.minimum(last_pad + 1, slots)
-    if length > 1 and not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing())):
         begins = real[:, 1:] & ~real[:, :-1]
         if bool((begins.sum(dim=1) + real[:, 0] > 1).any()):
             raise ValueError(

@@ -1,0 +1,58 @@
+"""What the KV cache of a model weighs: the plan's arithmetic, which the caches match to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hyconvert.modeling.families import base_window
+from hyconvert.plan import Plan
+
+
+def kv_bytes(
+    config: Any, tokens: int, *, plan: Plan | None = None, dtype_bytes: int = 2, batch: int = 1, static: bool = False
+) -> list[int]:
+    """Bytes that each layer's keys and values take once `tokens` tokens are cached.
+
+    Full and reuse layers hold every token. Sparse and window layers hold the `window - 1` latest ones (the newest
+    query brings its own), and the base's own sliding layers the same with the base's window.
+
+    Args:
+        config: config of a converted model; or of a base, together with `plan`.
+        tokens: tokens cached per sequence; with `static`, the length the cache was made for.
+        plan: the plan by which to count; None means the converted model's own.
+        dtype_bytes: bytes per number, 2 for bfloat16.
+        batch: sequences.
+        static: count a preallocated cache, where a window layer has `window` slots from the start.
+
+    Returns:
+        One number per layer.
+    """
+    plan = plan or config.get_plan()
+    windows = [
+        {"full": None, "reuse": None, "sliding": own}.get(layer.kind, plan.window)
+        for layer, own in zip(plan.layers, _own_windows(config), strict=True)
+    ]
+    return _layer_bytes(config, windows, tokens, dtype_bytes * batch, static)
+
+
+def base_kv_bytes(
+    config: Any, tokens: int, *, dtype_bytes: int = 2, batch: int = 1, static: bool = False
+) -> list[int]:
+    """The same for the base model before conversion; arguments as in `kv_bytes`."""
+    return _layer_bytes(config, _own_windows(config), tokens, dtype_bytes * batch, static)
+
+
+def _own_windows(config: Any) -> list[int | None]:
+    """Sliding windows of the base's layers, from its own config or from a converted model's."""
+    if hasattr(config, "cache_windows"):
+        kinds = [layer.kind for layer in config.get_plan().layers]
+        return [w if kind == "sliding" else None for w, kind in zip(config.cache_windows, kinds, strict=True)]
+    return [base_window(config, layer) for layer in range(config.num_hidden_layers)]
+
+
+def _layer_bytes(config: Any, windows: list[int | None], tokens: int, scale: int, static: bool) -> list[int]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_key_value_heads * head_dim * scale
+    return [
+        per_token * (tokens if window is None else min(tokens, window if static else window - 1)) for window in windows
+    ]
