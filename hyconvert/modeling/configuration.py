@@ -55,7 +55,7 @@ class HyConvertConfig(PreTrainedConfig):
         data = base.to_dict()
         data.pop("model_type", None)
         config_class = config_class_of(family)
-        config: HyConvertConfig = config_class(**data, plan=plan.model_dump(exclude_none=True))
+        config: HyConvertConfig = config_class(**data, plan=plan.model_dump(mode="json", exclude_none=True))
         config.architectures = [f"HyConvert{family.prefix}ForCausalLM"]
         return config
 
@@ -92,7 +92,8 @@ class _FamilyConfig(HyConvertConfig):
             for i, layer in enumerate(plan.layers)
         ]
         self.layer_types = ["full_attention" if w is None else "sliding_attention" for w in self._cache_windows]
-        self.sliding_window = plan.window
+        # One number is all that transformers' caches read; `fit_cache` narrows the layers that need less.
+        self.sliding_window = max((w for w in self._cache_windows if w is not None), default=plan.window)
 
     @property
     def cache_windows(self) -> list[int | None]:

@@ -190,13 +190,13 @@ def fit_cache(cache: Cache, windows: list[int | None]) -> None:
         return
     for index, window in enumerate(windows):
         layer = cache.layers[index]
+        if window is None:
+            continue
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != window:
             cache.layers[index] = fitted = DynamicSlidingWindowLayer(sliding_window=window)
             fitted.record_past = layer.record_past
-        elif isinstance(layer, StaticSlidingWindowLayer) and not layer.is_initialized:
-            longest = max(other.max_cache_len for other in cache.layers)
-            if layer.max_cache_len != min(window or longest, longest):
-                cache.layers[index] = StaticSlidingWindowLayer(max_cache_len=longest, sliding_window=window)
+        elif isinstance(layer, StaticSlidingWindowLayer) and not layer.is_initialized and layer.max_cache_len > window:
+            cache.layers[index] = StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=window)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -41,7 +41,7 @@ _SHAPE = {
     "eos_token_id": 2,
 }
 _CONFIGS: dict[str, Any] = {
-    "llama": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
