@@ -31,7 +31,7 @@ _SHARD_BYTES = 5 * 10**9
 class GgufSource(Source):
     """A local `.gguf` file; see `hyconvert.checkpoint.open_source`.
 
-    Tensors carry the names they have in a Transformers checkpoint, so a stack of experts comes as one tensor per expert.
+    Tensors carry the names they have in a Transformers checkpoint, so a stack of experts comes as one tensor for each.
     """
 
     def __init__(self, path: Path, *, name: str, dtype: torch.dtype | None) -> None:

@@ -1,8 +1,8 @@
 """From a GGUF file's metadata to a Transformers config and to Transformers tensor names.
 
-Transformers' own `load_gguf_checkpoint` is what the tests compare with. It is not used itself because it dequantises the
-whole model at once, and because for some files it drops what changes the model without a word: RoPE scaling, Qwen3's
-head size, the experts' width and every tensor that it does not know.
+Transformers' own `load_gguf_checkpoint` is what the tests compare with. It is not used itself because it dequantises
+the whole model at once, and because for some files it drops what changes the model without a word: RoPE scaling,
+Qwen3's head size, the experts' width and every tensor that it does not know.
 """
 
 import re

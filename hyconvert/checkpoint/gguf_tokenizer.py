@@ -1,10 +1,10 @@
 """A GGUF file's tokenizer, with the rules that Transformers leaves out put back.
 
-Transformers 5.23 builds a byte-level BPE tokenizer from the file's vocabulary and merges, but knows the splitting rules
-of only some `tokenizer.ggml.pre` values and silently uses GPT-2's for the rest. SmolLM2's `smollm` is among the rest: its
-text is first cut at every digit, so "\\n\\n2024" starts with one token for both newlines. GPT-2's rules leave the last
-newline or space to the number and give two. On documentation text (SmolLM2-135M-Instruct, 12k tokens in windows of 2048)
-the missing rule costs 0.07 bits per byte: perplexity 5.29 instead of 4.92.
+Transformers 5.23 builds a byte-level BPE tokenizer from the file's vocabulary and merges, but knows the splitting
+rules of only some `tokenizer.ggml.pre` values and silently uses GPT-2's for the rest. SmolLM2's `smollm` is among the
+rest: its text is first cut at every digit, so "\\n\\n2024" starts with one token for both newlines, where GPT-2's
+rules leave the last newline or space to the number and give two. On documentation text (SmolLM2-135M-Instruct, 12k
+tokens in windows of 2048) the missing rule costs 0.07 bits per byte: perplexity 5.29 instead of 4.92.
 """
 
 from pathlib import Path

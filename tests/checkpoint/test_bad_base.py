@@ -178,8 +178,10 @@ def test_spoilt_folder_is_refused_in_one_line(tiny_llama: Path, spoil, expected:
 
 def test_quantised_weights_are_refused_with_their_method(tiny_llama: Path) -> None:
     config = json.loads((tiny_llama / "config.json").read_text())
-    (tiny_llama / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UnsupportedModelError, match="quantised weights .*'gptq'.* convert the unquantised"):
+    (tiny_llama / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
+    with pytest.raises(UnsupportedModelError, match=r"quantised weights .*'gptq'.* convert the unquantised"):
         open_source(tiny_llama)
 
 
@@ -193,7 +195,7 @@ def test_model_type_that_transformers_does_not_know_is_refused_by_name(tiny_llam
 def test_missing_tokenizer_is_a_clear_error(tiny_llama: Path) -> None:
     for file in tiny_llama.glob("*token*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="tokenizer in .* cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"tokenizer in .* cannot be loaded"):
         open_source(tiny_llama).load_tokenizer()
 
 
@@ -206,26 +208,36 @@ def test_a_file_that_shrinks_while_open_is_noticed(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("base", ["./nowhere", "/no/such/place", "~/no/such/place", "missing.gguf"])
 def test_path_that_does_not_exist_is_refused(base: str) -> None:
-    with pytest.raises(CheckpointError, match="does not exist .* check the path"):
+    with pytest.raises(CheckpointError, match=r"does not exist .* check the path"):
         open_source(base)
 
 
 def test_file_that_is_no_gguf_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file, but no .gguf; name the folder"):
+    with pytest.raises(CheckpointError, match=r"is a file, but no .gguf; name the folder"):
         open_source(second_shard(tiny_llama))
 
 
-def test_hub_id_that_cannot_be_reached_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_that_cannot_be_reached_says_what_was_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         open_source("nobody/no-such-model")
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("'nobody/no-such-model'", str(tmp_path), "Hub cache", "could not be reached", "local folder"):
+    for part in (
+        "'nobody/no-such-model'",
+        str(tmp_path),
+        "Hub cache",
+        "could not be reached",
+        "local folder",
+    ):
         assert part in message
 
 
-def test_hub_id_is_downloaded_without_pickles_or_code(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_is_downloaded_without_pickles_or_code(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def snapshot(repo: str, **options: object) -> str:
@@ -239,7 +251,9 @@ def test_hub_id_is_downloaded_without_pickles_or_code(tiny_llama: Path, monkeypa
     ((repo, options),) = calls
     assert (repo, options["revision"], options["token"]) == ("owner/model", "v1", "secret")
     patterns = options["allow_patterns"]
-    assert {"config.json", INDEX, "model-*.safetensors", "tokenizer*.json", "generation_config.json"} <= set(patterns)
+    assert {"config.json", INDEX, "model-*.safetensors", "tokenizer*.json", "generation_config.json"} <= set(
+        patterns
+    )
     assert not any(pattern.endswith((".py", ".bin")) for pattern in patterns)
 
 

@@ -1,6 +1,5 @@
 """A folder of safetensors is read as it is."""
 
-import gc
 import shutil
 import weakref
 from pathlib import Path
@@ -14,7 +13,11 @@ from hyconvert.errors import CheckpointError
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def assert_same_bytes(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -51,7 +54,6 @@ def test_a_shard_is_freed_when_its_tensors_are_dropped(tiny_base) -> None:
     source = open_source(tiny_base("llama", max_shard_size="100KB"))
     references = []
     for _, tensors in source.iter_shards():
-        gc.collect()
         assert all(reference() is None for reference in references)
         references = [weakref.ref(tensor) for tensor in tensors.values()]
         del tensors
@@ -128,14 +130,25 @@ def test_auxiliary_files_are_taken_verbatim_and_nothing_else_is(tiny_base, tmp_p
         "tokenizer.model": bytes(range(256)),
         "additional_chat_templates/tools.jinja": b"{{ x }}",
     }
-    unwanted = ["README.md", "pytorch_model.bin", "modeling_x.py", "training_args.bin", "model.safetensors.index.json"]
+    unwanted = [
+        "README.md",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "training_args.bin",
+        "model.safetensors.index.json",
+    ]
     for name, data in wanted.items():
         (folder / name).write_bytes(data)
     for name in unwanted:
         (folder / name).write_text("x")
     files = open_source(folder).auxiliary_files()
     assert wanted.items() <= files.items()
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= set(files)
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= set(files)
     assert not set(unwanted) & set(files)
     assert not {"config.json", "model.safetensors"} & set(files)
     assert files["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
