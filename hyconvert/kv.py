@@ -9,7 +9,13 @@ from hyconvert.plan import Plan
 
 
 def kv_bytes(
-    config: Any, tokens: int, *, plan: Plan | None = None, dtype_bytes: int = 2, batch: int = 1, static: bool = False
+    config: Any,
+    tokens: int,
+    *,
+    plan: Plan | None = None,
+    dtype_bytes: int = 2,
+    batch: int = 1,
+    static: bool = False,
 ) -> list[int]:
     """Bytes that each layer's keys and values take once `tokens` tokens are cached.
 
@@ -54,5 +60,6 @@ def _layer_bytes(config: Any, windows: list[int | None], tokens: int, scale: int
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_key_value_heads * head_dim * scale
     return [
-        per_token * (tokens if window is None else min(tokens, window if static else window - 1)) for window in windows
+        per_token * (tokens if window is None else min(tokens, window if static else window - 1))
+        for window in windows
     ]

@@ -16,7 +16,7 @@ LayerKind = Literal["full", "sparse", "reuse", "window", "sliding"]
 
 _LETTERS: dict[LayerKind, str] = {"full": "F", "sparse": "S", "reuse": "R", "window": "W", "sliding": "L"}
 _KINDS: dict[str, LayerKind] = {letter: kind for kind, letter in _LETTERS.items()}
-_TOKEN = re.compile(r"^([FSRWL])(\d+)?(?:\*(\d+))?$")
+_TOKEN = re.compile(r"^([FSRWL])(\d+)?(?:\*([1-9]\d*))?$")
 
 
 class LayerPlan(BaseModel):
@@ -83,7 +83,9 @@ class Plan(BaseModel):
             if layer.source is None:
                 continue
             if index == 0:
-                raise ValueError(f"layer 0 is {layer.kind}, but no full layer comes before it; make it full or window")
+                raise ValueError(
+                    f"layer 0 is {layer.kind}, but no full layer comes before it; make it full or window"
+                )
             if not 0 <= layer.source < len(self.layers):
                 raise ValueError(
                     f"layer {index} names source {layer.source}, which is not a layer; this plan has layers 0 to "
@@ -142,15 +144,24 @@ class Plan(BaseModel):
         """Read a `plan.json`.
 
         Raises:
-            PlanError: the file is missing, is no JSON, or does not describe a valid plan.
+            PlanError: the file is missing or unreadable, is no JSON, or does not describe a valid plan.
         """
         path = Path(path)
         try:
             data = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise PlanError(f"no plan at {path}; write one, or use --uniform 1:N or --full-layers") from error
+        except OSError as error:
+            what = (
+                "is a folder; name the plan.json in it"
+                if path.is_dir()
+                else f"cannot be read ({error.strerror})"
+            )
+            raise PlanError(f"{path} {what}") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path} is not valid JSON ({error}); correct it or make the plan anew") from error
+            raise PlanError(
+                f"{path} is not valid JSON ({error}); correct it or make the plan anew"
+            ) from error
         return cls.from_dict(data, where=str(path))
 
     @classmethod
@@ -195,7 +206,7 @@ def parse_line(line: str) -> tuple[LayerPlan, ...]:
     """Read a layer map such as `F*3 S2*4 F W*2` (F full, Sn sparse from n, Rn reuse from n, W window, L sliding).
 
     Raises:
-        PlanError: a token is not understood.
+        PlanError: a token is not understood, or there is none.
     """
     layers: list[LayerPlan] = []
     for token in line.split():
@@ -210,10 +221,14 @@ def parse_line(line: str) -> tuple[LayerPlan, ...]:
         except ValidationError as error:
             raise PlanError(f"'{token}' in the layer map: {explain(error, LayerPlan)}") from error
         layers.extend([layer] * int(match[3] or 1))
+    if not layers:
+        raise PlanError("the layer map is empty; write one token per layer, such as 'F*3 S2*4 F W*2'")
     return tuple(layers)
 
 
-def nearest_sources(num_layers: int, full_layers: Iterable[int], sliding: Iterable[int] = ()) -> tuple[LayerPlan, ...]:
+def nearest_sources(
+    num_layers: int, full_layers: Iterable[int], sliding: Iterable[int] = ()
+) -> tuple[LayerPlan, ...]:
     """Sparse layers between the given full layers, each reading the nearest full layer before it.
 
     Args:
@@ -250,7 +265,7 @@ def nearest_sources(num_layers: int, full_layers: Iterable[int], sliding: Iterab
 
 
 def uniform_full_layers(num_layers: int, ratio: int, sliding: Sequence[int] = ()) -> tuple[int, ...]:
-    """Full layers of the paper's uniform 1:ratio plan: one full layer, then `ratio` sparse ones, and a final full layer.
+    """Full layers of the paper's uniform 1:ratio plan: one, then `ratio` sparse ones, and a final full layer.
 
     Args:
         num_layers: decoder layers of the base.
@@ -264,7 +279,9 @@ def uniform_full_layers(num_layers: int, ratio: int, sliding: Sequence[int] = ()
         raise PlanError(f"--uniform 1:{ratio} is not a ratio; use 1:N with N of at least 1, such as 1:3")
     candidates = [i for i in range(num_layers) if i not in set(sliding)]
     if len(candidates) < 2:
-        raise PlanError(f"the base has {len(candidates)} full-attention layers, too few to make any of them sparse")
+        raise PlanError(
+            f"the base has {len(candidates)} full-attention layers, too few to make any of them sparse"
+        )
     return tuple(sorted({*candidates[:: ratio + 1], candidates[-1]}))
 
 

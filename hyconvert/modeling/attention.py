@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hyconvert_kernels import (
+    block_sparse_attention,
+    oracle_attention,
+    oracle_attention_topk,
+    window_attention,
+)
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import rotate_half
 
 from hyconvert.modeling.families import Family
-from hyconvert.modeling.gates import GATES
+from hyconvert.modeling.gates import GATES, MergeGate, SigmoidGate
 from hyconvert.modeling.state import ForwardState, OracleState
 from hyconvert.plan import Plan
-from hyconvert_kernels import block_sparse_attention, oracle_attention, oracle_attention_topk, window_attention
 
 IMPLEMENTATIONS: dict[str, str | None] = {
     "hyconvert": None,
@@ -36,6 +41,16 @@ class HyConvertAttention(nn.Module):
         plan: its plan.
         layer_idx: which layer this is.
     """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    gate: MergeGate | SigmoidGate
+    query_map: nn.Parameter | None
+    value_map: nn.Parameter | None
 
     def __init__(self, base: Any, config: Any, plan: Plan, layer_idx: int) -> None:
         super().__init__()
@@ -66,11 +81,13 @@ class HyConvertAttention(nn.Module):
             self.query_map = self.value_map = None
         sinks = plan.sinks and self.kind not in ("full", "sliding")
         self.window_sink = nn.Parameter(torch.empty(self.num_heads)) if sinks else None
-        self.sparse_sink = nn.Parameter(torch.empty(self.num_heads)) if sinks and self.source is not None else None
+        self.sparse_sink = (
+            nn.Parameter(torch.empty(self.num_heads)) if sinks and self.source is not None else None
+        )
 
     def reset_parameters(self) -> None:
         """Start as an identity: maps one, gate neutral, sinks without weight."""
-        if self.query_map is not None:
+        if self.query_map is not None and self.value_map is not None:
             eye = torch.eye(self.head_dim, device=self.query_map.device).expand(self.num_heads, -1, -1)
             init.copy_(self.query_map, eye)
             init.copy_(self.value_map, eye)
@@ -144,14 +161,23 @@ class HyConvertAttention(nn.Module):
     def rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
         """RoPE on x [B, H, T, d] with cos and sin [B or 1, T, d]."""
         cos, sin = (table.unsqueeze(1) for table in position_embeddings or ())
-        return (x * cos + rotate_half(x) * sin).to(x.dtype)
+        rotated: Tensor = x * cos + rotate_half(x) * sin
+        return rotated.to(x.dtype)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, state: ForwardState) -> Tensor:
-        shared: dict[str, Any] = {"block_size": self.block_size, "window": self.plan_window, "scale": self.scaling}
+        out: Tensor
+        shared: dict[str, Any] = {
+            "block_size": self.block_size,
+            "window": self.plan_window,
+            "scale": self.scaling,
+        }
         shared["implementation"] = self.implementation
         if self.layer_idx not in (state.oracles_wanted if state.dense else self.sources):
-            return oracle_attention(q, k, v, state.q_offset, state.start, with_scores=False, **shared)[0]
-        out, _, indices = oracle_attention_topk(q, k, v, state.q_offset, state.start, topk=self.topk, **shared)
+            out, _, _ = oracle_attention(q, k, v, state.q_offset, state.start, with_scores=False, **shared)
+            return out
+        out, _, indices = oracle_attention_topk(
+            q, k, v, state.q_offset, state.start, topk=self.topk, **shared
+        )
         state.oracle[self.layer_idx] = OracleState(k, v, indices)
         return out
 
@@ -159,6 +185,7 @@ class HyConvertAttention(nn.Module):
         self, q: Tensor, q_rot: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, state: ForwardState
     ) -> tuple[Tensor, Tensor]:
         """The sparse branch, [B, H, T, d], and its log-sum-exp, [B, H, T]."""
+        assert self.source is not None
         oracle = state.oracle[self.source].to(q.device)
         if self.kind == "sparse":
             k, v, q_rot = oracle.keys, oracle.values, self.sparse_query(q, q_rot, position_embeddings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -12,8 +13,19 @@ from hyconvert.errors import CheckpointError, PlanError
 from hyconvert.modeling.families import FAMILIES, Family, base_window, family_of
 from hyconvert.plan import Plan
 
+SHIM_FILE = "modeling_hyconvert.py"
+
 # Kept next to `base_config` in config.json because generation and tokenizer code looks for them there.
-_TOP_LEVEL = ("architectures", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id")
+_TOP_LEVEL = (
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# What a converted config says differently from its base, in memory, to size the caches.
+_CACHE_KEYS = ("layer_types", "sliding_window")
 
 
 class HyConvertConfig(PreTrainedConfig):
@@ -29,6 +41,7 @@ class HyConvertConfig(PreTrainedConfig):
     """
 
     model_type = "hyconvert"
+    family: ClassVar[Family]
     plan: dict | None = None
 
     def get_plan(self) -> Plan:
@@ -37,7 +50,7 @@ class HyConvertConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing to do: `save_pretrained` writes the remote-code shim itself."""
+        """Nothing to do: saving the config writes the remote-code shim."""
 
     @classmethod
     def from_base(cls, base: PreTrainedConfig, plan: Plan) -> HyConvertConfig:
@@ -64,11 +77,15 @@ class HyConvertConfig(PreTrainedConfig):
         base = config_dict.get("base_config")
         if base is None:
             if cls is HyConvertConfig:
-                raise CheckpointError("config.json has model_type 'hyconvert' but no 'base_config'; convert again")
+                raise CheckpointError(
+                    "config.json has model_type 'hyconvert' but no 'base_config'; convert again"
+                )
             return super().from_dict(config_dict, **kwargs)
         config_class = config_class_of(family_of(base["model_type"]))
         flat = {key: value for key, value in base.items() if key != "model_type"}
-        flat.update({key: value for key, value in config_dict.items() if key not in ("base_config", "model_type")})
+        flat.update(
+            {key: value for key, value in config_dict.items() if key not in ("base_config", "model_type")}
+        )
         return config_class.from_dict(flat, **kwargs)
 
 
@@ -83,15 +100,14 @@ class _FamilyConfig(HyConvertConfig):
         plan = self.get_plan()
         check_fits(plan, self)
         windows = [base_window(self, i) for i in range(self.num_hidden_layers)]
-        self._base = {
-            "layer_types": copy.copy(getattr(self, "layer_types", None)),
-            "sliding_window": getattr(self, "sliding_window", None),
-        }
+        self._base = {key: copy.copy(getattr(self, key)) for key in _CACHE_KEYS if hasattr(self, key)}
         self._cache_windows = [
             {"full": None, "reuse": None, "sliding": windows[i]}.get(layer.kind, plan.window)
             for i, layer in enumerate(plan.layers)
         ]
-        self.layer_types = ["full_attention" if w is None else "sliding_attention" for w in self._cache_windows]
+        self.layer_types = [
+            "full_attention" if w is None else "sliding_attention" for w in self._cache_windows
+        ]
         # One number is all that transformers' caches read; `fit_cache` narrows the layers that need less.
         self.sliding_window = max((w for w in self._cache_windows if w is not None), default=plan.window)
 
@@ -103,15 +119,17 @@ class _FamilyConfig(HyConvertConfig):
     def base_dict(self) -> dict[str, Any]:
         """The base's own config as plain data, as it was before conversion."""
         data = self._flat_dict()
-        for key in ("plan", "auto_map", "_name_or_path", "_base", "_cache_windows", *_TOP_LEVEL[:3]):
+        for key in (
+            "plan",
+            "auto_map",
+            "_name_or_path",
+            "_base",
+            "_cache_windows",
+            *_CACHE_KEYS,
+            *_TOP_LEVEL[:3],
+        ):
             data.pop(key, None)
-        for key, value in self._base.items():
-            if value is None and key == "layer_types":
-                data.pop(key, None)
-            else:
-                data[key] = value
-        data["model_type"] = self.family.model_type
-        return data
+        return data | self._base | {"model_type": self.family.model_type}
 
     def _flat_dict(self) -> dict[str, Any]:
         return super().to_dict()
@@ -130,6 +148,11 @@ class _FamilyConfig(HyConvertConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save `config.json`, `plan.json` and the remote-code shim; saving a model calls this."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_companions(self, save_directory)
+
 
 def check_fits(plan: Plan, base: PreTrainedConfig) -> None:
     """Check a plan against the base it is meant for.
@@ -139,7 +162,9 @@ def check_fits(plan: Plan, base: PreTrainedConfig) -> None:
     """
     count = base.num_hidden_layers
     if len(plan.layers) != count:
-        raise PlanError(f"the plan has {len(plan.layers)} layers, but the model has {count}; make a plan for this model")
+        raise PlanError(
+            f"the plan has {len(plan.layers)} layers, but the model has {count}; make one for this model"
+        )
     for i, layer in enumerate(plan.layers):
         window = base_window(base, i)
         if (layer.kind == "sliding") != (window is not None):
@@ -149,6 +174,12 @@ def check_fits(plan: Plan, base: PreTrainedConfig) -> None:
                 else f"layer {i} is planned as 'sliding', but the base has full attention there; use full, sparse, "
                 "reuse or window"
             )
+
+
+def write_companions(config: HyConvertConfig, folder: str | Path) -> None:
+    """Write the files that go with a converted model's `config.json`: `plan.json` and the remote-code shim."""
+    config.get_plan().save(Path(folder, "plan.json"))
+    Path(folder, SHIM_FILE).write_text(shim_module(config.family))
 
 
 def shim_module(family: Family) -> str:
@@ -173,7 +204,12 @@ def config_class_of(family: Family) -> Any:
     module = sys.modules[__name__]
     if name not in vars(module):
         base = family.load_class("Config")
-        body = {"model_type": "hyconvert", "family": family, "__module__": __name__, "__doc__": HyConvertConfig.__doc__}
+        body = {
+            "model_type": "hyconvert",
+            "family": family,
+            "__module__": __name__,
+            "__doc__": HyConvertConfig.__doc__,
+        }
         setattr(module, name, type(name, (_FamilyConfig, base), body))
     return vars(module)[name]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hyconvert_kernels import merge_branches
 from torch import Tensor, nn
 from transformers import initialization as init
-
-from hyconvert_kernels import merge_branches
 
 
 class MergeGate(nn.Module):
@@ -40,7 +39,8 @@ class MergeGate(nn.Module):
             [B, H, T, d].
         """
         logit = nn.functional.linear(x, self.weight, self.bias).transpose(1, 2).to(lse_w.dtype)
-        return merge_branches(out_w, lse_w, out_s, lse_s, logit)
+        out: Tensor = merge_branches(out_w, lse_w, out_s, lse_s, logit)
+        return out
 
 
 class SigmoidGate(nn.Module):

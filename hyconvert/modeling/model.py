@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -20,12 +24,19 @@ from transformers.conversion_mapping import (
 from transformers.masking_utils import AttentionMaskInterface
 
 from hyconvert.modeling.attention import IMPLEMENTATIONS, HyConvertAttention
-from hyconvert.modeling.configuration import HyConvertConfig, config_class_of, shim_module
+from hyconvert.modeling.configuration import HyConvertConfig, config_class_of
 from hyconvert.modeling.families import FAMILIES, Family
 from hyconvert.modeling.state import prepare_state
 
-SHIM_FILE = "modeling_hyconvert.py"
-_BACKBONE_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+_BACKBONE_ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "use_cache",
+)
 
 
 class HyConvertForCausalLM(PreTrainedModel):
@@ -57,7 +68,9 @@ class HyConvertForCausalLM(PreTrainedModel):
             if isinstance(module, HyConvertAttention):
                 module.reset_parameters()
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
         """Accept hyconvert's own attention implementations only.
 
         Raises:
@@ -67,13 +80,13 @@ class HyConvertForCausalLM(PreTrainedModel):
             return "hyconvert"
         if requested_attention not in IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation='{requested_attention}' is not available: converted models have attention of their "
-                f"own; leave it out or choose one of {', '.join(map(repr, IMPLEMENTATIONS))}"
+                f"attn_implementation='{requested_attention}' is not available: converted models have attention of "
+                f"their own; leave it out or choose one of {', '.join(map(repr, IMPLEMENTATIONS))}"
             )
         return requested_attention
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
         chosen = getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         if enable and chosen:
@@ -83,7 +96,7 @@ class HyConvertForCausalLM(PreTrainedModel):
             )
         if chosen is None:
             gradient_checkpointing_func = functools.partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     @staticmethod
     def create_masks_for_generate(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -91,14 +104,17 @@ class HyConvertForCausalLM(PreTrainedModel):
         return attention_mask
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
         """Load a converted checkpoint; see `transformers.PreTrainedModel.from_pretrained`."""
+        path = pretrained_model_name_or_path
         if cls is not HyConvertForCausalLM:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            return super().from_pretrained(path, *args, config=config, **kwargs)
         if not isinstance(config, PreTrainedConfig):
-            hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
-            config = HyConvertConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
-        return model_class_of(config.family).from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            config = HyConvertConfig.from_pretrained(config or path, **hub)
+        return model_class_of(config.family).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -108,20 +124,7 @@ class HyConvertForCausalLM(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: `save_pretrained` writes the remote-code shim itself."""
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save as transformers does, with `plan.json` and the shim that `trust_remote_code=True` needs."""
-        result = super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            write_companions(self.config, save_directory)
-        return result
-
-
-def write_companions(config: Any, folder: str | Path) -> None:
-    """Write the files a converted checkpoint has beside weights and config: `plan.json` and the remote-code shim."""
-    config.get_plan().save(Path(folder, "plan.json"))
-    Path(folder, SHIM_FILE).write_text(shim_module(config.family))
+        """Nothing to do: saving the config writes the remote-code shim."""
 
 
 def model_class_of(family: Family) -> Any:
@@ -149,7 +152,9 @@ def model_class_of(family: Family) -> Any:
     return vars(module)[name]
 
 
-def _prepare_backbone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _prepare_backbone(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the decoder: work out sequence starts once, and pass them to every layer."""
     kwargs = dict(zip(_BACKBONE_ARGUMENTS, args, strict=False)) | kwargs
     if kwargs.get("output_attentions"):
@@ -162,9 +167,10 @@ def _prepare_backbone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return (), kwargs
     cache = kwargs.get("past_key_values")
     windows = config.cache_windows
-    if cache is None and len({*windows} - {None}) > 1 and not (module.training and module.gradient_checkpointing):
-        if config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]:
-            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+    use_cache = config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    recomputes = module.training and module.gradient_checkpointing
+    if cache is None and use_cache and not recomputes and len({*windows} - {None}) > 1:
+        cache = kwargs["past_key_values"] = DynamicCache(config=config)
     if cache is not None:
         fit_cache(cache, windows)
     if kwargs.get("hyconvert_state") is None:
@@ -195,8 +201,14 @@ def fit_cache(cache: Cache, windows: list[int | None]) -> None:
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != window:
             cache.layers[index] = fitted = DynamicSlidingWindowLayer(sliding_window=window)
             fitted.record_past = layer.record_past
-        elif isinstance(layer, StaticSlidingWindowLayer) and not layer.is_initialized and layer.max_cache_len > window:
-            cache.layers[index] = StaticSlidingWindowLayer(max_cache_len=layer.max_cache_len, sliding_window=window)
+        elif (
+            isinstance(layer, StaticSlidingWindowLayer)
+            and not layer.is_initialized
+            and layer.max_cache_len > window
+        ):
+            cache.layers[index] = StaticSlidingWindowLayer(
+                max_cache_len=layer.max_cache_len, sliding_window=window
+            )
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -204,7 +216,9 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 def _unused_attention(*args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("hyconvert's attention is part of its layers and is not called through transformers' interface")
+    raise RuntimeError(
+        "hyconvert's attention is part of its layers and is not called through transformers' interface"
+    )
 
 
 def register() -> None:

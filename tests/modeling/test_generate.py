@@ -76,7 +76,10 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(model: Any) 
     for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 6}):
         out = model.generate(ids, attention_mask=mask, **GREEDY, **options)
         for row, pad in enumerate((0, 9, 20)):
-            assert torch.equal(out[row, pad:], step_by_step(model, ids[row : row + 1, pad:])[0]), (row, options)
+            assert torch.equal(out[row, pad:], step_by_step(model, ids[row : row + 1, pad:])[0]), (
+                row,
+                options,
+            )
 
 
 def test_a_draft_of_another_model_changes_nothing(model: Any, prompt: Tensor, expected: Tensor) -> None:
@@ -94,7 +97,9 @@ def test_sampling_follows_the_seed(model: Any, prompt: Tensor) -> None:
     outputs = []
     for options in ({}, {}, {"use_cache": False}, {"cache_implementation": "static"}):
         torch.manual_seed(3)
-        sampled = model.generate(prompt, max_new_tokens=NEW, do_sample=True, top_k=20, eos_token_id=None, **options)
+        sampled = model.generate(
+            prompt, max_new_tokens=NEW, do_sample=True, top_k=20, eos_token_id=None, **options
+        )
         outputs.append(sampled)
     assert all(torch.equal(out, outputs[0]) for out in outputs[1:])
     torch.manual_seed(4)
@@ -103,7 +108,9 @@ def test_sampling_follows_the_seed(model: Any, prompt: Tensor) -> None:
 
 def test_several_samples_of_one_prompt(model: Any, prompt: Tensor) -> None:
     torch.manual_seed(3)
-    out = model.generate(prompt, max_new_tokens=NEW, do_sample=True, num_return_sequences=3, eos_token_id=None)
+    out = model.generate(
+        prompt, max_new_tokens=NEW, do_sample=True, num_return_sequences=3, eos_token_id=None
+    )
     assert out.shape == (3, PROMPT + NEW)
     assert len({tuple(row) for row in out.tolist()}) == 3
     assert torch.equal(out[:, :PROMPT], prompt.expand(3, -1))
@@ -118,8 +125,9 @@ def test_beams_reorder_every_cache(model: Any) -> None:
 
 
 def test_a_conversation_goes_on_with_its_cache(model: Any, prompt: Tensor, expected: Tensor) -> None:
-    first = model.generate(prompt, return_dict_in_generate=True, **(GREEDY | {"max_new_tokens": 5}))
-    rest = model.generate(first.sequences, past_key_values=first.past_key_values, **(GREEDY | {"max_new_tokens": NEW - 5}))
+    first = model.generate(prompt, return_dict_in_generate=True, **GREEDY | {"max_new_tokens": 5})
+    cache = first.past_key_values
+    rest = model.generate(first.sequences, past_key_values=cache, **GREEDY | {"max_new_tokens": NEW - 5})
     assert torch.equal(rest, expected)
 
 
@@ -151,8 +159,13 @@ def test_pipeline_generates_text(model: Any) -> None:
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w2", padding_side="left")
-    texts = [" ".join(f"w{i}" for i in row) for row in (tokens(1, 20)[0].tolist(), tokens(1, 9, seed=2)[0].tolist())]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w0", eos_token="w2", padding_side="left"
+    )
+    texts = [
+        " ".join(f"w{i}" for i in row)
+        for row in (tokens(1, 20)[0].tolist(), tokens(1, 9, seed=2)[0].tolist())
+    ]
     generate = pipeline("text-generation", model=model, tokenizer=fast)
     results = generate(texts, batch_size=2, return_full_text=False, **GREEDY)
     for text, result in zip(texts, results, strict=True):

@@ -11,7 +11,16 @@ from transformers import DynamicCache, StaticCache
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from hyconvert.modeling import HyConvertConfig
 from hyconvert.plan import Plan
-from tests.modeling.tiny import FAMILY_NAMES, MIXED, base_config, base_model, converted, mixed_model, plan_of, tokens
+from tests.modeling.tiny import (
+    FAMILY_NAMES,
+    MIXED,
+    base_config,
+    base_model,
+    converted,
+    mixed_model,
+    plan_of,
+    tokens,
+)
 
 
 def held(cache: Any) -> list[int]:

@@ -90,9 +90,13 @@ def run_layer(model: Any, layer: int, x: Tensor, state: ForwardState) -> tuple[T
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate": "sigmoid"}, {"maps": False}, {"sinks": True}], ids=str)
-@pytest.mark.parametrize("with_rope", list(itertools.product([True, False], repeat=2)), ids=["RR", "RN", "NR", "NN"])
+@pytest.mark.parametrize(
+    "with_rope", list(itertools.product([True, False], repeat=2)), ids=["RR", "RN", "NR", "NN"]
+)
 @pytest.mark.parametrize("line", ["F S0 F*5", "F R0 F*5"])
-def test_a_layer_follows_its_definition(line: str, with_rope: tuple[bool, bool], settings: dict[str, Any]) -> None:
+def test_a_layer_follows_its_definition(
+    line: str, with_rope: tuple[bool, bool], settings: dict[str, Any]
+) -> None:
     """Source and layer with RoPE or without, in every combination, and every setting."""
     base = base_model("smollm3", no_rope_layers=[int(rope) for rope in with_rope] + [1] * 5)
     model = converted(base, plan_of(line, block_size=BLOCK, topk=TOPK, window=WINDOW, **settings))

@@ -30,7 +30,12 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 IDENTITY = {"mistral": "L*7", "qwen2": "F R0 F R2 L L L", "qwen3": "F*5 L L", "smollm3": "F L R0 L F L R4"}
-MIXED = {"mistral": "L*7", "qwen2": "F S0 R0 W L L L", "qwen3": "F S0 F W S2 L L", "smollm3": "F L S0 L W L R0"}
+MIXED = {
+    "mistral": "L*7",
+    "qwen2": "F S0 R0 W L L L",
+    "qwen3": "F S0 F W S2 L L",
+    "smollm3": "F L S0 L W L R0",
+}
 every_base = pytest.mark.parametrize("name", BASES)
 
 
@@ -63,13 +68,24 @@ def test_cached_padded_and_packed_with_two_window_sizes(name: str, window: int) 
 def test_generation_with_two_window_sizes(name: str) -> None:
     model, prompt = converted(base_named(name), plan_of(MIXED[name])), tokens(1, 27)
     want = step_by_step(model, prompt)
-    for options in ({}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 8}):
+    for options in (
+        {},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 8},
+    ):
         assert torch.equal(model.generate(prompt, **GREEDY, **options), want), options
 
 
 def test_a_drafting_model_with_two_window_sizes_can_be_rolled_back() -> None:
-    draft, base, prompt = converted(base_named("qwen2"), plan_of(MIXED["qwen2"])), base_model("llama"), tokens(1, 27)
-    assert torch.equal(base.generate(prompt, assistant_model=draft, **GREEDY), base.generate(prompt, **GREEDY))
+    draft, base, prompt = (
+        converted(base_named("qwen2"), plan_of(MIXED["qwen2"])),
+        base_model("llama"),
+        tokens(1, 27),
+    )
+    assert torch.equal(
+        base.generate(prompt, assistant_model=draft, **GREEDY), base.generate(prompt, **GREEDY)
+    )
 
 
 def test_caches_get_each_layer_s_window() -> None:
@@ -79,7 +95,15 @@ def test_caches_get_each_layer_s_window() -> None:
     static = StaticCache(config=model.config, max_cache_len=40)
     fit_cache(dynamic, model.config.cache_windows)
     fit_cache(static, model.config.cache_windows)
-    assert [getattr(layer, "sliding_window", None) for layer in dynamic.layers] == [None, 6, None, 6, 11, 11, 11]
+    assert [getattr(layer, "sliding_window", None) for layer in dynamic.layers] == [
+        None,
+        6,
+        None,
+        6,
+        11,
+        11,
+        11,
+    ]
     assert [layer.max_cache_len for layer in static.layers] == [40, 6, 40, 6, 11, 11, 11]
 
 
@@ -124,7 +148,9 @@ def test_the_base_s_own_settings_come_back(name: str, tmp_path: Any) -> None:
     config = HyConvertConfig.from_base(base, plan_of(MIXED[name]))
     config.save_pretrained(tmp_path)
     loaded = HyConvertConfig.from_pretrained(tmp_path)
-    for config_, key in itertools.product((config, loaded), ("sliding_window", "layer_types", "max_window_layers")):
+    for config_, key in itertools.product(
+        (config, loaded), ("sliding_window", "layer_types", "max_window_layers")
+    ):
         assert config_.base_dict().get(key) == base.to_dict().get(key), key
     assert loaded.cache_windows == config.cache_windows
     assert loaded.to_dict() == config.to_dict()

@@ -65,7 +65,9 @@ def base_model(family: str, **changes: Any) -> Any:
     """A tiny base model with seeded weights; biases and norms are not left at zero and one."""
     torch.manual_seed(0)
     config = base_config(family, **changes)
-    return stir(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), ("bias", "norm"))
+    return stir(
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval(), ("bias", "norm")
+    )
 
 
 def stir(model: Any, names: tuple[str, ...], scale: float = 0.3) -> Any:
