@@ -41,6 +41,7 @@ class HyConvertConfig(PreTrainedConfig):
     """
 
     model_type = "hyconvert"
+    has_no_defaults_at_init = True  # there is no default plan
     family: ClassVar[Family]
     plan: dict | None = None
 
