@@ -42,10 +42,10 @@ def write_gguf(
     _add_tokenizer(writer, config.vocab_size, pre)
     for key, value in (extra_metadata or {}).items():
         add = {
+            bool: writer.add_bool,
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
-            list: writer.add_array,
         }
         add[type(value)](key, value)
     for name, values in (to_gguf(config, weights) | (extra_tensors or {})).items():

@@ -188,10 +188,42 @@ def test_unknown_splitting_rules_are_refused(made) -> None:
         open_source(path).load_tokenizer()
 
 
-@pytest.mark.parametrize(("pre", "splits"), [("smollm", ["ĊĊ", "2"]), ("gpt-2", ["Ċ", "Ċ", "2"])])
-def test_numbers_are_cut_off_first_only_where_the_file_says_so(made, pre: str, splits: list[str]) -> None:
+TEXTS = ["\n\n2", "don'T don't", "a 1234", "x\n\n  y", "(é=1)!/\n", "e\u0301"]
+SPLITS = {  # by the rules in the tokenizer.json that the families publish
+    "smollm": ["ĊĊ|2", "don|'|T|Ġdon|'t", "a|Ġ|1|2|3|4", "x|ĊĊĠ|Ġy", "(|Ã©|=|1|)!/|Ċ", "e|Ìģ"],
+    "gpt-2": ["Ċ|Ċ|2", "don|'|T|Ġdon|'t", "a|Ġ1234", "x|ĊĊĠ|Ġy", "(|Ã©|=|1|)!/|Ċ", "e|Ìģ"],
+    "llama-bpe": ["ĊĊ|2", "don|'T|Ġdon|'t", "a|Ġ|123|4", "x|ĊĊ|Ġ|Ġy", "(Ã©|=|1|)!/Ċ", "e|Ìģ"],
+    "qwen2": ["ĊĊ|2", "don|'T|Ġdon|'t", "a|Ġ|1|2|3|4", "x|ĊĊ|Ġ|Ġy", "(Ã©|=|1|)!/Ċ", "Ã©"],
+    "tekken": ["ĊĊ|2", "don|'T|Ġdon|'t", "a|Ġ|1|2|3|4", "x|ĊĊ|Ġ|Ġy", "(Ã©|=|1|)!/Ċ", "eÌģ"],
+}
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_text_is_split_by_the_rules_that_the_file_names(made, pre: str) -> None:
     path, _, _ = made("llama", pre=pre)
-    assert open_source(path).load_tokenizer().tokenize("\n\n2") == splits
+    backend = open_source(path).load_tokenizer().backend_tokenizer
+    for text, expected in zip(TEXTS, SPLITS[pre], strict=True):
+        normal = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        assert "|".join(part for part, _ in backend.pre_tokenizer.pre_tokenize_str(normal)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pre", "says", "begins"),
+    [("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)],
+)
+def test_text_begins_with_the_begin_token_where_llama_cpp_adds_it(
+    made, tmp_path: Path, pre: str, says: bool | None, begins: bool
+) -> None:
+    extra = {} if says is None else {"tokenizer.ggml.add_bos_token": says}
+    path, _, _ = made("llama", pre=pre, extra_metadata=extra)
+    source = open_source(path)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name, data in source.auxiliary_files().items():
+        (saved / name).write_bytes(data)
+    for tokenizer in (source.load_tokenizer(), AutoTokenizer.from_pretrained(saved)):
+        assert (tokenizer("a").input_ids[0] == 1) is begins
+        assert tokenizer("a", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("a")]
 
 
 @pytest.mark.parametrize("keep", [10, 40, 500, -1])
