@@ -5,12 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hyconvert_kernels import (
-    block_sparse_attention,
-    oracle_attention,
-    oracle_attention_topk,
-    window_attention,
-)
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -20,6 +14,12 @@ from hyconvert.modeling.families import Family
 from hyconvert.modeling.gates import GATES, MergeGate, SigmoidGate
 from hyconvert.modeling.state import ForwardState, OracleState
 from hyconvert.plan import Plan
+from hyconvert_kernels import (
+    block_sparse_attention,
+    oracle_attention,
+    oracle_attention_topk,
+    window_attention,
+)
 
 IMPLEMENTATIONS: dict[str, str | None] = {
     "hyconvert": None,
@@ -105,6 +105,8 @@ class HyConvertAttention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         if self.family.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        # Under autocast a norm gives float32 where a projection gives bfloat16; the kernels take one dtype.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(

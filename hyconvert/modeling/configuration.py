@@ -207,6 +207,7 @@ def config_class_of(family: Family) -> Any:
         base = family.load_class("Config")
         body = {
             "model_type": "hyconvert",
+            "base_model_tp_plan": None,  # maps and gates are per head and would need splitting with the projections
             "family": family,
             "__module__": __name__,
             "__doc__": HyConvertConfig.__doc__,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hyconvert_kernels import merge_branches
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from hyconvert_kernels import merge_branches
 
 
 class MergeGate(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hyconvert.modeling.state import prepare_state
+from hyconvert_kernels import window_attention
 from tests.modeling.tiny import FAMILY_NAMES, mixed_model, tokens
 
 ADDED = ("gate.weight", "gate.bias", "query_map", "value_map", "window_sink", "sparse_sink")
@@ -154,6 +155,25 @@ def test_gradients_agree_with_finite_differences(settings: dict[str, Any]) -> No
 
     inputs = [x, *sparse.parameters(), source.k_proj.weight, source.v_proj.weight]
     assert torch.autograd.gradcheck(output, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_training_in_mixed_precision(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.add((q.dtype, k.dtype, v.dtype))
+        return window_attention(q, k, v, *args, **kwargs)
+
+    model, ids = mixed_model(family, sinks=True).train(), tokens(2, 33)
+    want = model(ids, labels=ids).loss
+    monkeypatch.setattr("hyconvert.modeling.attention.window_attention", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert seen == {(torch.bfloat16,) * 3}
+    torch.testing.assert_close(loss, want, rtol=0.05, atol=0)
+    assert_all_finite({name: parameter.grad for name, parameter in model.named_parameters()}, but=("mlp.",))
 
 
 def test_one_step_of_training_lowers_the_loss() -> None:

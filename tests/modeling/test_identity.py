@@ -65,6 +65,20 @@ def test_a_window_longer_than_the_text_is_the_base_whatever_the_plan(family: str
     assert_same_logits(base, converted(base, plan_of(line, window=64), stirred=False))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_the_loss_and_its_extras_are_the_base_s(family: str) -> None:
+    base, ids = base_model(family), tokens(2, 37)
+    model = converted(base, plan_of("F R0*3 F R0 R4", topk=ALL_BLOCKS), stirred=False)
+    extras = {"output_router_logits": True} if family == "qwen3_moe" else {}
+    got, want = (m(ids, labels=ids, output_hidden_states=True, **extras) for m in (model, base))
+    torch.testing.assert_close(got.loss, want.loss, **EXACT)
+    torch.testing.assert_close(got.hidden_states, want.hidden_states, **EXACT)
+    if extras:
+        torch.testing.assert_close(got.router_logits, want.router_logits, **EXACT)
+        torch.testing.assert_close(got.aux_loss, want.aux_loss, **EXACT)
+
+
 def test_sinks_start_without_weight() -> None:
     base = base_model("qwen3")
     assert_same_logits(base, converted(base, plan_of("F R0*6", topk=ALL_BLOCKS, sinks=True), stirred=False))
