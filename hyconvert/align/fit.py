@@ -1,0 +1,295 @@
+"""Closed-form alignment of one layer, from what the base's own attention does on calibration text.
+
+Notation follows the design: q is the layer's own query before RoPE, K and V belong to the source layer, W are the base's
+attention weights over the selected keys. Each fit reads a sample of query rows; keys are always complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hyconvert.align.solve import quadratic_map, ridge
+from hyconvert.align.walk import LayerVisit
+from hyconvert.modeling.attention import HyConvertAttention
+from hyconvert.modeling.state import OracleState
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What alignment fits, and how firmly.
+
+    Attributes:
+        rows: query rows per sequence that values, gate and output projection are fitted on.
+        map_rows: query rows per sequence that the query map is fitted on.
+        uniform: share of a uniform weight over the selected keys, mixed into the base's attention weights.
+        query_ridge, value_ridge, gate_ridge, output_ridge: ridge strengths, as shares of the mean diagonal.
+        gate_weight: fit the gate's input-dependent part too, not the bias alone.
+        refit_output: refit the output projection.
+        seed: of the row sample.
+    """
+
+    rows: int = 512
+    map_rows: int = 128
+    uniform: float = 0.05
+    query_ridge: float = 1e-3
+    value_ridge: float = 1e-3
+    gate_ridge: float = 1e-1
+    output_ridge: float = 1e-2
+    gate_weight: bool = True
+    refit_output: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Rows:
+    """Sampled query rows of one sequence at one layer, float32.
+
+    Attributes:
+        at: [n] positions.
+        x: [n, D] attention inputs.
+        q: [H, n, d] queries before RoPE.
+        logits: [H, n, T] the base's logits, -inf where not causal.
+        outside: [n, T] bool, causal keys outside the window.
+        out_w, out_o: [H, n, d] the base's attention over the window and over all keys outside it.
+        lse_w, lse_o: [H, n] their log-sum-exps.
+        target: [n, D] the base's attention output.
+    """
+
+    at: Tensor
+    x: Tensor
+    q: Tensor
+    logits: Tensor
+    outside: Tensor
+    out_w: Tensor
+    out_o: Tensor
+    lse_w: Tensor
+    lse_o: Tensor
+    target: Tensor
+
+    @property
+    def mass(self) -> Tensor:
+        """[H, n] share of attention the base puts outside the window."""
+        return torch.sigmoid(self.lse_o - self.lse_w)
+
+
+def sample_rows(length: int, window: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` sorted positions, drawn where a sparse branch can see something (the whole text if it is short)."""
+    first = window if length > 2 * window else 0
+    picked = torch.randperm(length - first, generator=generator)[:count] + first
+    return picked.sort().values
+
+
+def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int) -> Rows:
+    """Everything the base's attention computes at some query rows of one sequence."""
+    attention = visit.attention
+    x = visit.inputs[sequence : sequence + 1]
+    q, k, v = attention.project(x)
+    q_rot, k = (attention.rotate(t, visit.rope) if attention.use_rope else t for t in (q, k))
+    at = at.to(x.device)
+    keys = torch.arange(x.shape[1], device=x.device)
+    causal, outside = keys <= at[:, None], keys <= at[:, None] - window
+    ratio = attention.num_heads // attention.num_kv_heads
+    k, v = (t[0].float().repeat_interleave(ratio, 0) for t in (k, v))
+    logits = (q_rot[0, :, at].float() * attention.scaling) @ k.mT
+    logits = logits.masked_fill(~causal, -torch.inf)
+    out_w, lse_w = softmax_over(logits, causal & ~outside, v)
+    out_o, lse_o = softmax_over(logits, outside, v)
+    return Rows(
+        at, x[0, at].float(), q[0, :, at].float(), logits, outside, out_w, out_o, lse_w, lse_o,
+        visit.outputs[sequence, at].float(),
+    )  # fmt: skip
+
+
+def softmax_over(logits: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention restricted to a mask: output [H, n, d] (0 where the mask is empty) and log-sum-exp [H, n] (-inf there)."""
+    masked = logits.masked_fill(~mask, -torch.inf)
+    lse = masked.logsumexp(-1)
+    weights = (masked - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return weights @ values, lse
+
+
+def selected_keys(attention: HyConvertAttention, oracle: OracleState, rows: Rows) -> Tensor:
+    """[H, n, T] bool: keys in the blocks that the source's oracle picked for each row, outside the window."""
+    indices = oracle.indices[0, :, rows.at].long()
+    length = rows.logits.shape[-1]
+    blocks = -(-length // attention.block_size)
+    chosen = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool, device=indices.device)
+    chosen.scatter_(2, indices.where(indices >= 0, torch.full_like(indices, blocks)), True)
+    chosen = chosen[..., :blocks].repeat_interleave(attention.block_size, 2)[..., :length] & rows.outside
+    return chosen.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0)
+
+
+class QueryMapFit:
+    """M_h: makes the source's keys give the logits that the layer's own keys give, weighted by the base's attention.
+
+    Minimises, over M, the squared error of q' M' R_t' k_s against the base's logit z_ts (up to one constant per query,
+    which the gate bias absorbs) with weights W_ts. The design solves each query's best q* first and regresses it on q;
+    here the same weighted error is minimised over M directly, so that directions of q* that no key sees cost nothing.
+    """
+
+    def __init__(self, attention: HyConvertAttention, settings: FitSettings) -> None:
+        self.attention, self.settings = attention, settings
+        self.curvature: list[Tensor] = []
+        self.linear: list[Tensor] = []
+        self.inputs: list[Tensor] = []
+
+    def add(self, rows: Rows, oracle: OracleState, rope: tuple[Tensor, Tensor]) -> None:
+        """Take in one sequence's rows."""
+        attention = self.attention
+        mask = selected_keys(attention, oracle, rows)
+        some = mask.any(-1, keepdim=True)
+        z = rows.logits.masked_fill(~mask, -torch.inf)
+        weights = torch.softmax(z.masked_fill(~some, 0), -1).masked_fill(~mask, 0)
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        weights = (1 - self.settings.uniform) * weights + self.settings.uniform * mask / count
+        z = z.masked_fill(~mask, 0)
+        z = z - (weights * z).sum(-1, keepdim=True)
+        mass = rows.mass[..., None]
+        heads, dim = attention.num_heads, attention.head_dim
+        curvature, linear = [], []
+        for head in range(heads):
+            keys = oracle.keys[0, head // (heads // attention.num_kv_heads)].float() * attention.scaling
+            columns = mask[head].any(0).nonzero()[:, 0]
+            keys, w = keys[columns], weights[head][:, columns]
+            mean = w @ keys
+            outer = (keys[:, :, None] * keys[:, None, :]).flatten(1)
+            second = (w @ outer).view(-1, dim, dim) - mean[:, :, None] * mean[:, None, :]
+            first = (w * z[head][:, columns]) @ keys
+            if attention.source_uses_rope:
+                first, second = self._unrotate(first, rows.at, rope), self._unrotate(second, rows.at, rope)
+                second = self._unrotate(second.mT, rows.at, rope)
+            curvature.append(second * mass[head][..., None])
+            linear.append(first * mass[head])
+        self.curvature.append(torch.stack(curvature))
+        self.linear.append(torch.stack(linear))
+        self.inputs.append(rows.q)
+
+    @staticmethod
+    def _unrotate(x: Tensor, at: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """R_t' x for [n, d] vectors, or for the last axis of [n, d, d] matrices."""
+        cos, sin = (table[0, at].float() for table in rope)
+        if x.ndim == 3:
+            cos, sin = cos[:, None], sin[:, None]
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((second, -first), -1) * sin
+
+    def solve(self) -> Tensor:
+        """M, [H, d, d]."""
+        return quadratic_map(
+            torch.cat(self.curvature, 1), torch.cat(self.linear, 1), torch.cat(self.inputs, 1), self.settings.query_ridge
+        )
+
+
+@dataclass
+class SparseRows:
+    """The sparse branch at sampled rows: `out` [H, n, d] before the value map, and `lse` [H, n]."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def read_sparse(
+    attention: HyConvertAttention, rows: Rows, oracle: OracleState, query_map: Tensor | None, rope: tuple[Tensor, Tensor]
+) -> SparseRows:
+    """Run the sparse branch of a candidate query map at some rows."""
+    mask = selected_keys(attention, oracle, rows)
+    q = rows.q if query_map is None else torch.einsum("hnd,hed->hne", rows.q, query_map)
+    if attention.source_uses_rope:
+        cos, sin = (table[0, rows.at].float() for table in rope)
+        first, second = q.chunk(2, -1)
+        q = q * cos + torch.cat((-second, first), -1) * sin
+    ratio = attention.num_heads // attention.num_kv_heads
+    keys, values = (t[0].float().repeat_interleave(ratio, 0) for t in (oracle.keys, oracle.values))
+    out, lse = softmax_over((q * attention.scaling) @ keys.mT, mask, values)
+    return SparseRows(out, lse)
+
+
+class ValueMapFit:
+    """N_h: turns the sparse branch's output into the base's output over all keys outside the window, mass-weighted."""
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.settings = settings
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+
+    def add(self, rows: Rows, sparse: SparseRows) -> None:
+        """Take in one sequence's rows."""
+        weight = rows.mass.square().masked_fill(sparse.lse == -torch.inf, 0)[..., None]
+        self.gram = self.gram + (sparse.out * weight).mT @ sparse.out
+        self.cross = self.cross + (rows.out_o * weight).mT @ sparse.out
+
+    def solve(self) -> Tensor:
+        """N, [H, d, d] float32."""
+        return ridge(torch.as_tensor(self.gram), torch.as_tensor(self.cross), self.settings.value_ridge).float()
+
+
+class GateFit:
+    """b_h and u_h: predict log-sum-exp outside the window minus log-sum-exp of the sparse branch from x.
+
+    Weighted by (m (1 - m))^2, the squared sensitivity of the mixing share m to the gate's logit.
+    """
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.settings = settings
+        self.x: list[Tensor] = []
+        self.gap: list[Tensor] = []
+        self.weight: list[Tensor] = []
+
+    def add(self, rows: Rows, sparse: SparseRows) -> None:
+        """Take in one sequence's rows."""
+        weight = (rows.mass * (1 - rows.mass)).square()
+        gap = rows.lse_o - sparse.lse
+        usable = gap.isfinite()
+        self.x.append(rows.x)
+        self.gap.append(gap.masked_fill(~usable, 0))
+        self.weight.append(weight.masked_fill(~usable, 0))
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """u [H, D] and b [H], float32."""
+        x, gap, weight = torch.cat(self.x), torch.cat(self.gap, 1), torch.cat(self.weight, 1)
+        total = weight.sum(1).clamp(min=1e-9)
+        bias = (weight * gap).sum(1) / total
+        if not self.settings.gate_weight:
+            return torch.zeros(gap.shape[0], x.shape[1], device=x.device), bias
+        slopes = []
+        for head in range(gap.shape[0]):
+            w = weight[head][:, None]
+            mean = (w * x).sum(0) / total[head]
+            centred = x - mean
+            gram, cross = (w * centred).mT @ centred, (w[:, 0] * (gap[head] - bias[head]))[None] @ centred
+            slope = ridge(gram, cross, self.settings.gate_ridge)[0].float()
+            slopes.append(slope)
+            bias[head] = bias[head] - slope @ mean
+        return torch.stack(slopes), bias
+
+
+class OutputFit:
+    """Refit of o_proj: from the converted layer's heads to the base's attention output, with the old weight as prior."""
+
+    def __init__(self, settings: FitSettings) -> None:
+        self.settings = settings
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+        self.energy = 0.0
+        self.error_before = 0.0
+
+    def add(self, heads: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Take in rows: `heads` [n, H d] mixed head outputs, `target` [n, D] without bias, `weight` [D, H d]."""
+        self.gram = self.gram + heads.mT @ heads
+        self.cross = self.cross + target.mT @ heads
+        self.energy += float(target.square().sum())
+        self.error_before += float((heads @ weight.mT - target).square().sum())
+
+    def solve(self, weight: Tensor) -> Tensor:
+        """The new weight, [D, H d] float32."""
+        gram, cross = torch.as_tensor(self.gram), torch.as_tensor(self.cross)
+        return ridge(gram, cross, self.settings.output_ridge, prior=weight).float()
+
+    def error(self, weight: Tensor) -> float:
+        """Squared error of a weight on the rows taken in, as a share of the target's energy."""
+        gram, cross, weight = (torch.as_tensor(t).double() for t in (self.gram, self.cross, weight))
+        squared = ((weight @ gram) * weight).sum() - 2 * (weight * cross).sum() + self.energy
+        return float(squared) / max(self.energy, 1e-12)
