@@ -1,13 +1,14 @@
 """Attention kernels of HySparse layers: Triton on CUDA, plain PyTorch anywhere.
 
 Every op takes ``implementation``: None (Triton for CUDA tensors, the reference elsewhere), "triton" or "reference".
-Triton raises ValueError for what it does not support; it never falls back silently.
+Triton raises ValueError for what it does not support. The kernels have no backward yet: where an input requires a
+gradient (and autograd is on) the reference runs instead, on any device.
 """
 
 from .decode.op import oracle_decode, sparse_decode
 from .merge.op import merge_branches
 from .oracle.op import oracle_attention, oracle_attention_topk
-from .sparse.op import block_sparse_attention
+from .sparse.op import block_sparse_attention, tile_union
 from .topk.op import block_topk
 from .window.op import window_attention
 
@@ -19,5 +20,6 @@ __all__ = [
     "oracle_attention_topk",
     "oracle_decode",
     "sparse_decode",
+    "tile_union",
     "window_attention",
 ]

@@ -52,7 +52,7 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 
 def queries_per_tile(rows: int, ratio: int) -> int:
-    """Queries such that the group's heads fill about ``rows`` rows: a power of two, at most 64 (a row bitmap's bits)."""
+    """Queries whose heads fill about ``rows`` rows: a power of two, at most 64 (a row bitmap's bits)."""
     return max(1, min(64, rows // triton.next_power_of_2(ratio)))
 
 

@@ -2,7 +2,7 @@
 
 A *slot* is a position in the key/value tensors. Query ``t`` of batch row ``b`` sits at slot ``q_offset[b] + t`` and may
 see the keys of slots ``start[b, t] .. q_offset[b] + t``; ``start`` is the first slot of the query's own sequence, so it
-encodes left padding and packed documents alike. Block ``i`` of a query is ``[start + i * block, start + (i + 1) * block)``.
+encodes left padding and packed documents alike. Block ``i`` of a query begins at slot ``start + i * block``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor) -> None:
-    """Raise ValueError, naming the tensor at fault, unless the shapes fit ``[B,H,T,d]``, ``[B,G,S,d]``, ``[B]``, ``[B,T]``."""
+    """Raise ValueError, naming the tensor at fault, unless shapes are ``[B,H,T,d]``, ``[B,G,S,d]``, [B] and [B,T]."""
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q and k must be [B,H,T,d] and [B,G,S,d], got {tuple(q.shape)} and {tuple(k.shape)}")
+        raise ValueError(
+            f"q and k must be [B,H,T,d] and [B,G,S,d], got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     batch, heads, length, dim = q.shape
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -32,7 +34,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tenso
     if heads % k.shape[1]:
         raise ValueError(f"{heads} query heads are no multiple of {k.shape[1]} KV heads")
     if q_offset.shape != (batch,) or q_offset.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"q_offset must be int32 or int64 [{batch}], got {q_offset.dtype} {tuple(q_offset.shape)}")
+        raise ValueError(
+            f"q_offset must be int32 or int64 [{batch}], got {q_offset.dtype} {tuple(q_offset.shape)}"
+        )
     if start.shape != (batch, length) or start.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"start must be int32 or int64 [{batch}, {length}], got {start.dtype} {tuple(start.shape)}"
@@ -45,7 +49,7 @@ def query_slots(q_offset: Tensor, length: int) -> Tensor:
 
 
 def visible_only(x: Tensor, q_offset: Tensor, length: int) -> Tensor:
-    """Zero the slots of ``x [B,G,S,d]`` after a row's last query: a static cache may hold anything there, NaN included."""
+    """Zero the slots of ``x [B,G,S,d]`` after a row's last query: a static cache may hold even NaN there."""
     hidden = torch.arange(x.shape[2], device=x.device) >= (q_offset.long()[:, None] + length)
     return x.masked_fill(hidden[:, None, :, None], 0)
 

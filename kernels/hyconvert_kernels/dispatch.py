@@ -1,16 +1,29 @@
-"""Which implementation of an op runs."""
+"""Which implementation of an op runs, and what the Triton kernels refuse."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import os
+
+import torch
 from torch import Tensor
 
+BLOCK_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-def choose(op: str, tensor: Tensor, implementation: str | None, problem: str | None = "not written yet") -> str:
+
+def choose(
+    op: str, tensors: tuple[Tensor | None, ...], implementation: str | None, problem: str | None = None
+) -> str:
     """Return "triton" or "reference".
+
+    The Triton kernels have no backward yet. Where autograd is on and an input requires a gradient the reference runs,
+    on any device and also when ``implementation`` is "triton", so that gradients are always right.
 
     Args:
         op: name for the error message.
-        tensor: any input; its device decides when ``implementation`` is None.
+        tensors: the op's inputs; the first one's device decides when ``implementation`` is None.
         implementation: None, "triton" or "reference".
         problem: why Triton cannot run these inputs, or None if it can.
 
@@ -18,9 +31,68 @@ def choose(op: str, tensor: Tensor, implementation: str | None, problem: str | N
         ValueError: the name is unknown, or Triton is wanted (by name or by device) for inputs it does not support.
     """
     if implementation not in (None, "triton", "reference"):
-        raise ValueError(f'{op}: implementation must be None, "triton" or "reference", got {implementation!r}')
-    if implementation == "reference" or (implementation is None and tensor.device.type != "cuda"):
+        raise ValueError(
+            f'{op}: implementation must be None, "triton" or "reference", got {implementation!r}'
+        )
+    first = tensors[0]
+    assert first is not None
+    if implementation == "reference" or (implementation is None and first.device.type != "cuda"):
         return "reference"
+    problem = device_problem(tensors) or problem
     if problem:
-        raise ValueError(f'{op}: no Triton kernel: {problem}; use implementation="reference" for the slow path')
+        raise ValueError(
+            f'{op}: no Triton kernel: {problem}; use implementation="reference" for the slow path'
+        )
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return "reference"
     return "triton"
+
+
+def device_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why no Triton kernel can run on these tensors' device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    devices = {x.device for x in tensors if x is not None and x.ndim}
+    if len(devices) > 1:
+        return f"the inputs lie on several devices ({', '.join(sorted(map(str, devices)))})"
+    device = next(iter(devices))
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        wrong = {x.dtype for x in tensors if x is not None} & {torch.float16, torch.bfloat16}
+        return "Triton's interpreter is not exact on 16-bit floats" if wrong else None
+    return f"Triton needs CUDA tensors, and these are on {device.type}"
+
+
+def attention_problem(
+    q: Tensor, k: Tensor, v: Tensor, *, block_size: int | None = None, window: int = 1, topk: int = 1
+) -> str | None:
+    """Why the attention kernels cannot run these inputs, or None. Shapes are checked elsewhere."""
+    if q.dtype not in DTYPES:
+        return f"q is {q.dtype}; it must be float32, float16 or bfloat16"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    dim, ratio = q.shape[3], q.shape[1] // k.shape[1]
+    if not 16 <= dim <= 256 or dim % 8:
+        return f"head dim {dim}; it must be a multiple of 8 from 16 to 256"
+    if ratio > 16:
+        return f"{ratio} query heads per KV head; at most 16"
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        return f"block size {block_size}; it must be 16, 32, 64 or 128"
+    if window < 1:
+        return f"window {window}; it must be at least 1"
+    if not 1 <= topk <= 128:
+        return f"top-k {topk}; it must be from 1 to 128"
+    if q.shape[0] * k.shape[1] > 65535:
+        return f"{q.shape[0]} rows times {k.shape[1]} KV heads; at most 65535"
+    return None
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last dimension, which is all that the kernels ask of it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make the CUDA device of ``x`` current: Triton launches on the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """Triton helpers shared by the attention kernels.
 
 A tile holds ``BQ`` consecutive queries of all heads of one KV group, so that every key and value it loads serves the
-whole group: row ``i`` is query ``i // RP``, head ``i % RP``, where RP is the group's head count rounded up to a power of
-two (the spare rows are idle). Logits are kept in log2 units (``exp2`` is the hardware's exponential).
+whole group: row ``i`` is query ``i // RP``, head ``i % RP``, where RP is the group's head count rounded up to a
+power of two (the spare rows are idle). Logits are kept in log2 units (``exp2`` is the hardware's exponential).
 """
 
 import triton
@@ -34,7 +34,9 @@ def store_rows(base, offsets, values, row_ok, D: tl.constexpr, DP: tl.constexpr)
 
 
 @triton.jit
-def load_keys(base, stride, first, end, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr):
+def load_keys(
+    base, stride, first, end, BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr
+):
     """Load slots ``first .. first + BN`` as ``[BN, DP]``; with MASK, slots from ``end`` on are 0."""
     keys = tl.arange(0, BN)
     columns = tl.arange(0, DP)

@@ -78,7 +78,9 @@ def test_oracle_attention_is_causal_softmax_and_scores_are_group_maxima(kind):
             for t in range(q.shape[2]):
                 for slot in range(int(start[b, t]), int(offset[b]) + t - WINDOW + 1):
                     heads = range(g * 3, g * 3 + 3)
-                    score = max(float(torch.exp(k[b, g, slot] @ q[b, h, t] * 0.3 - lse[b, h, t])) for h in heads)
+                    score = max(
+                        float(torch.exp(k[b, g, slot] @ q[b, h, t] * 0.3 - lse[b, h, t])) for h in heads
+                    )
                     block = (slot - int(start[b, t])) // BLOCK
                     want[b, g, t, block] = max(float(want[b, g, t, block]), score)
     torch.testing.assert_close(scores, want)
@@ -130,7 +132,9 @@ def test_empty_branches_give_zero_and_finite_gradients():
     q, k, v, offset, start = inputs("plain")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     none = torch.full((2, 2, 75, 2), -1, dtype=torch.int32)
-    out_s, lse_s = block_sparse_attention(*leaves, none, offset, start, block_size=BLOCK, window=WINDOW, scale=1.0)
+    out_s, lse_s = block_sparse_attention(
+        *leaves, none, offset, start, block_size=BLOCK, window=WINDOW, scale=1.0
+    )
     assert torch.all(out_s == 0) and torch.all(lse_s == -math.inf)
     near = window_attention(*leaves, offset, start, window=WINDOW, scale=1.0)
     gate = torch.zeros(6, 1, requires_grad=True, dtype=torch.float64)

@@ -67,7 +67,9 @@ def join_lse(part_lse, splits, SP: tl.constexpr):
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp2(lse - safe)
     total = tl.sum(weight)
-    return tl.where(total == 0.0, float("-inf"), safe + tl.log2(total)), weight / tl.where(total == 0.0, 1.0, total)
+    return tl.where(total == 0.0, float("-inf"), safe + tl.log2(total)), weight / tl.where(
+        total == 0.0, 1.0, total
+    )
 
 
 @triton.jit
@@ -99,10 +101,14 @@ def _join(
         count = tl.sum(win.to(tl.int32))
         tl.store(INDICES + line * TOPK + place, block, mask=win)
         slot = tl.arange(0, KP)
-        tl.store(INDICES + line * TOPK + slot, tl.full([KP], -1, tl.int32), mask=(slot >= count) & (slot < TOPK))
+        tl.store(
+            INDICES + line * TOPK + slot, tl.full([KP], -1, tl.int32), mask=(slot >= count) & (slot < TOPK)
+        )
 
 
-def oracle_decode(q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, tile: Tile | None = None):
+def oracle_decode(
+    q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, tile: Tile | None = None
+):
     """Fill ``out``, ``lse`` and ``indices``; all three contiguous."""
     batch, heads, _, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]

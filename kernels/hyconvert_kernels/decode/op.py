@@ -2,19 +2,109 @@
 
 from __future__ import annotations
 
-import functools
+import torch
+from torch import Tensor
 
-from ..dispatch import choose
+from ..coordinates import check_inputs
+from ..dispatch import attention_problem, choose, dense_rows, on_device
 from . import reference
 
 
-@functools.wraps(reference.oracle_decode)
-def oracle_decode(*args, implementation: str | None = None, **kwargs):
-    choose("oracle_decode", args[0], implementation)
-    return reference.oracle_decode(*args, **kwargs)
+def oracle_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    *,
+    block_size: int,
+    window: int,
+    topk: int,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.oracle_decode`."""
+    check_inputs(q, k, v, q_offset, start)
+    settings = {"block_size": block_size, "window": window, "scale": scale}
+    problem = attention_problem(q, k, v, block_size=block_size, window=window, topk=topk)
+    blocks = -(-k.shape[2] // block_size)
+    if problem is None and blocks > 65536:
+        problem = f"{blocks} blocks of keys; at most 65536"
+    tensors = (q, k, v, q_offset, start)
+    if choose("oracle_decode", tensors, implementation, problem) == "reference" or q.shape[2] != 1:
+        return reference.oracle_decode(*tensors, topk=topk, **settings)
+    from . import full
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    indices = torch.empty(q.shape[0], k.shape[1], 1, topk, dtype=torch.int32, device=q.device)
+    if out.numel():
+        with on_device(q):
+            full.oracle_decode(
+                dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse,
+                indices, **settings,
+            )  # fmt: skip
+    return out, lse, indices
 
 
-@functools.wraps(reference.sparse_decode)
-def sparse_decode(*args, implementation: str | None = None, **kwargs):
-    choose("sparse_decode", args[0], implementation)
-    return reference.sparse_decode(*args, **kwargs)
+def sparse_decode(
+    q: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    q_sparse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    gate_logit: Tensor,
+    *,
+    block_size: int,
+    window: int,
+    scale: float,
+    value_map: Tensor | None = None,
+    window_offset: Tensor | None = None,
+    window_start: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """See `reference.sparse_decode`."""
+    check_inputs(q_sparse, k, v, q_offset, start)
+    settings = {"block_size": block_size, "window": window, "scale": scale}
+    maps = {"value_map": value_map, "window_offset": window_offset, "window_start": window_start}
+    problem = _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map)
+    if problem is None and window_offset is None and k_window.shape[2] < window:
+        problem = f"a ring of {k_window.shape[2]} slots does not hold a window of {window}"
+    tensors = (q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate_logit)
+    every = (*tensors, *maps.values())
+    if choose("sparse_decode", every, implementation, problem) == "reference" or q.shape[2] != 1:
+        return reference.sparse_decode(*tensors, **settings, **maps)
+    from . import sparse
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel():
+        if window_offset is not None and window_start is not None:
+            maps["window_offset"], maps["window_start"] = (
+                window_offset.contiguous(),
+                window_start.contiguous(),
+            )
+        maps["value_map"] = None if value_map is None else value_map.contiguous()
+        with on_device(q):
+            sparse.sparse_decode(
+                *(dense_rows(x) for x in (q, k_window, v_window, q_sparse, k, v)),
+                indices.to(torch.int32).contiguous(), q_offset.contiguous(), start.contiguous(),
+                gate_logit.to(q.device).expand(q.shape[:3]), out, **settings, **maps,
+            )  # fmt: skip
+    return out
+
+
+def _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map):
+    if q.shape != q_sparse.shape or k_window.shape[:2] != k.shape[:2] or k_window.shape[3] != k.shape[3]:
+        return (
+            f"q {tuple(q.shape)} and q_sparse {tuple(q_sparse.shape)}, or k_window {tuple(k_window.shape)} and "
+            f"k {tuple(k.shape)}, do not fit"
+        )
+    if value_map is not None and value_map.shape != (q.shape[1], q.shape[3], q.shape[3]):
+        return f"value_map must be [H,d,d], got {tuple(value_map.shape)}"
+    topk = indices.shape[3]
+    sparse = attention_problem(q_sparse, k, v, block_size=block_size, window=window, topk=topk)
+    return sparse or attention_problem(q, k_window, v_window, window=window)

@@ -75,7 +75,9 @@ def sparse_decode(
         size = k_window.shape[2]
         window_offset = torch.full_like(q_offset, size - 1)
         window_start = (start - q_offset[:, None] + size - 1).clamp(min=0)
-    out_w, lse_w = window_attention(q, k_window, v_window, window_offset, window_start, window=window, scale=scale)
+    out_w, lse_w = window_attention(
+        q, k_window, v_window, window_offset, window_start, window=window, scale=scale
+    )
     out_s, lse_s = block_sparse_attention(
         q_sparse, k, v, indices, q_offset, start, block_size=block_size, window=window, scale=scale
     )

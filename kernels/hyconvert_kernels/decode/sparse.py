@@ -15,7 +15,10 @@ from ..tiles import LN2, finish, load_rows, softmax_step, store_rows
 
 
 @triton.jit
-def _attend(q, k_base, v_base, k_stride, v_stride, keys, ok, acc, top, total, scale_log2, D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+def _attend(
+    q, k_base, v_base, k_stride, v_stride, keys, ok, acc, top, total, scale_log2,
+    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
     k = load_rows(k_base, keys.to(tl.int64) * k_stride, ok, D, DP)
     v = load_rows(v_base, keys.to(tl.int64) * v_stride, ok, D, DP)
     logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
@@ -24,7 +27,10 @@ def _attend(q, k_base, v_base, k_stride, v_stride, keys, ok, acc, top, total, sc
 
 
 @triton.jit
-def _join_branch(part, part_lse, first: tl.constexpr, end: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _join_branch(
+    part, part_lse, first: tl.constexpr, end: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Join splits ``first .. end`` of one branch: output ``[RM, DP]`` and log2-sum-exp2 ``[RM]``."""
     r = tl.arange(0, RM)
     column = tl.arange(0, DP)
@@ -117,7 +123,9 @@ def _sparse_decode(
             for h in tl.static_range(R):
                 x = tl.sum(tl.where((rp == h)[:, None], out_s, 0.0), 0)
                 x = x.to(OUT.dtype.element_ty).to(tl.float32)
-                weight = load_rows(MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP)
+                weight = load_rows(
+                    MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP
+                )
                 y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
                 mapped = tl.where((rp == h)[:, None], y[None, :], mapped)
             out_s = mapped
@@ -131,7 +139,7 @@ def _sparse_decode(
 
 @functools.cache
 def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
-    """Zeroed counters that every launch leaves zeroed; one set per stream, since launches on one stream do not overlap."""
+    """Zeroed counters that every launch leaves zeroed; one set per stream, whose launches do not overlap."""
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..configs import Tile, oracle_tile, strides
-from ..tiles import FAR, LN2, LOG2E, finish, load_keys, load_rows, softmax_step, store_rows
+from ..tiles import FAR, LOG2E, finish, load_keys, load_rows, softmax_step, store_rows
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _write_scores(
     raw, scores, lse2, slots, row_ok, in_seg, t, seg, window, NB,
     BM: tl.constexpr, BQ: tl.constexpr, RP: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Scores of this tile's rows whose sequence begins at ``seg``; ``scores`` points at the tile's batch row and group."""
+    """Scores of this tile's rows whose sequence begins at ``seg``; ``scores`` is its batch row's and group's."""
     parts: tl.constexpr = BLOCK // SUB
     rows = tl.arange(0, BM)
     slot_q = tl.max(tl.reshape(slots, [BQ, RP]), 1)
@@ -57,10 +57,10 @@ def _oracle_forward(
     sqb, sqh, sqt, skb, skg, sks, svb, svg, svs, sob, soh, sot,
     T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BN: tl.constexpr, BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BN: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     BM: tl.constexpr = BQ * RP
-    SUB: tl.constexpr = min(BLOCK, BN)
     rows = tl.arange(0, BM)
     r = rows % RP
     raw = RAW + tl.program_id(0).to(tl.int64) * RAW_ROWS * BM
@@ -100,7 +100,9 @@ def _oracle_forward(
                 if SCORE:
                     outside = keys[None, :] <= slots[:, None] - window
                     if n <= high - 1 - window:
-                        _store_raw(raw, (n - seg) // SUB, tl.where(outside, logits, float("-inf")), BM, BN, SUB)
+                        _store_raw(
+                            raw, (n - seg) // SUB, tl.where(outside, logits, float("-inf")), BM, BN, SUB
+                        )
                 logits = tl.where(keys[None, :] <= slots[:, None], logits, float("-inf"))
                 v = load_keys(v_base, svs, n, high, BN, D, DP, True)
                 acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
@@ -112,7 +114,22 @@ def _oracle_forward(
                 tl.debug_barrier()
                 base = SCORES + (row64 * G + group64) * (T1 - T0) * NB
                 _write_scores(
-                    raw, base, lse * LOG2E, slots, row_ok, in_seg, t - T0, seg, window, NB, BM, BQ, RP, BLOCK, SUB, 32
+                    raw,
+                    base,
+                    lse * LOG2E,
+                    slots,
+                    row_ok,
+                    in_seg,
+                    t - T0,
+                    seg,
+                    window,
+                    NB,
+                    BM,
+                    BQ,
+                    RP,
+                    BLOCK,
+                    SUB,
+                    32,
                 )
                 tl.debug_barrier()
             seg = tl.min(tl.where(starts > seg, starts, FAR))
@@ -120,7 +137,20 @@ def _oracle_forward(
 
 
 def forward(
-    q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, span=None, tile: Tile | None = None
+    q,
+    k,
+    v,
+    q_offset,
+    start,
+    out,
+    lse,
+    scores,
+    *,
+    block_size,
+    window,
+    scale,
+    span=None,
+    tile: Tile | None = None,
 ):
     """Fill ``out``, ``lse`` and, unless it is None, ``scores`` for queries ``span = (first, end)`` (all by default).
 
@@ -136,7 +166,9 @@ def forward(
     programs = min(total, tile.programs(q.device))
     rows = tile.queries * triton.next_power_of_2(ratio)
     raw_rows = triton.cdiv(slots, min(block_size, tile.keys)) + tile.keys // 16
-    raw = torch.empty(programs * raw_rows * rows if scores is not None else 1, dtype=torch.float32, device=q.device)
+    raw = torch.empty(
+        programs * raw_rows * rows if scores is not None else 1, dtype=torch.float32, device=q.device
+    )
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _oracle_forward[(programs,)](
         q, k, v, out, lse, raw, scores if scores is not None else raw, q_offset, start, counter,
@@ -144,6 +176,6 @@ def forward(
         length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total,
         scale * 1.4426950408889634, window,
         G=groups, R=ratio, RP=triton.next_power_of_2(ratio), BQ=tile.queries, D=dim, DP=triton.next_power_of_2(dim),
-        BN=tile.keys, BLOCK=block_size, SCORE=scores is not None, PREC=tile.precision, STAGES=tile.stages,
-        **tile.launch(),
+        BN=tile.keys, BLOCK=block_size, SUB=min(block_size, tile.keys), SCORE=scores is not None,
+        PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
     )  # fmt: skip

@@ -106,7 +106,9 @@ def _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, topk)
                 best = probs.detach().amax(2).masked_fill(~eligible[:, None], -torch.inf)
                 return out.to(q.dtype), lse, _block_max(best, chunk_start, block_size, blocks)
 
-        out, lse, scores = run_chunk(chunk, q[:, :, at : at + step].to(dtype), k_seen[:, :, :high], v_seen[:, :, :high])
+        out, lse, scores = run_chunk(
+            chunk, q[:, :, at : at + step].to(dtype), k_seen[:, :, :high], v_seen[:, :, :high]
+        )
         outs.append(out)
         lses.append(lse)
         if not with_scores:
@@ -114,7 +116,9 @@ def _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, topk)
         count = chunk_slots.shape[1]
         if topk:
             if scores is None:
-                selected.append(torch.full((batch, groups, count, topk), -1, dtype=torch.int32, device=q.device))
+                selected.append(
+                    torch.full((batch, groups, count, topk), -1, dtype=torch.int32, device=q.device)
+                )
             else:
                 selected.append(block_topk(scores, topk))
         else:

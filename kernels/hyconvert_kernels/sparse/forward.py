@@ -10,30 +10,38 @@ from .union import BlockUnion, union_capacity, union_queries
 
 
 @triton.jit
-def _build_union(INDICES, START, SLOTS, BITS, COUNTS, T, K, CAP, tiles, G, BLOCK: tl.constexpr, BQ: tl.constexpr):
-    """Merge the tile's sorted lists: per step emit the smallest head, with the bitmap of the queries that hold it."""
+def _build_union(
+    INDICES, OFFSET, START, SLOTS, BITS, COUNTS, T, K, CAP, tiles, G, window,
+    BLOCK: tl.constexpr, BQ: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """Per step emit the lowest block not emitted yet, with the bitmap of the queries that hold it.
+
+    Selections may be in any order, hold -1 anywhere and name a block twice. Blocks without a key outside the window
+    are dropped, which bounds the union.
+    """
     tile, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BQ)
     t = tile * BQ + i
     ok = t < T
     first = tl.load(START + (line // G) * T + t, mask=ok, other=0).to(tl.int32)
-    lists = INDICES + (line * T + t) * K
+    limit = tl.load(OFFSET + line // G).to(tl.int32) + t - window
+    j = tl.arange(0, KP)
+    lists = INDICES + (line * T + t)[:, None] * K + j[None, :]
+    block = tl.load(lists, mask=ok[:, None] & (j < K)[None, :], other=-1)
+    inside = (block >= 0) & (block <= (limit - first)[:, None] // BLOCK) & (limit >= first)[:, None]
+    slot = tl.where(inside, first[:, None] + block * BLOCK, FAR)
     out = (line * tiles + tile) * CAP
-    at = tl.zeros([BQ], tl.int32)
-    block = tl.load(lists, mask=ok, other=-1)
-    head = tl.where(block >= 0, first + block * BLOCK, FAR)
-    lowest = tl.min(head)
-    count = 0
     one = tl.full([BQ], 1, BITS.dtype.element_ty)
-    while lowest < FAR:
-        held = head == lowest
+    bit = one << i.to(BITS.dtype.element_ty)
+    count = 0
+    lowest = tl.min(tl.min(slot, 1), 0)
+    while (lowest < FAR) & (count < CAP):
+        held = tl.max((slot == lowest).to(tl.int32), 1) > 0
         tl.store(SLOTS + out + count, lowest)
-        tl.store(BITS + out + count, tl.sum(tl.where(held, one << i.to(one.dtype), 0)))
+        tl.store(BITS + out + count, tl.sum(tl.where(held, bit, 0), 0))
         count += 1
-        at += held.to(tl.int32)
-        block = tl.load(lists + at, mask=ok & held & (at < K), other=-1)
-        head = tl.where(held, tl.where(block >= 0, first + block * BLOCK, FAR), head)
-        lowest = tl.min(head)
+        slot = tl.where(slot == lowest, FAR, slot)
+        lowest = tl.min(tl.min(slot, 1), 0)
     tl.store(COUNTS + line * tiles + tile, count)
 
 
@@ -44,7 +52,8 @@ def union_keys(slots, bits, i, count, BN: tl.constexpr, BLOCK: tl.constexpr):
     if BN <= BLOCK:
         parts: tl.constexpr = BLOCK // BN
         entry = i // parts
-        return tl.load(slots + entry) + (i % parts) * BN + n, tl.load(bits + entry) + tl.zeros([BN], bits.dtype.element_ty)
+        wanted = tl.load(bits + entry) + tl.zeros([BN], bits.dtype.element_ty)
+        return tl.load(slots + entry) + (i % parts) * BN + n, wanted
     else:
         entry = i * (BN // BLOCK) + n // BLOCK
         inside = entry < count
@@ -83,10 +92,7 @@ def _sparse_forward(
     place = line.to(tl.int64) * tiles + tile
     count = tl.load(COUNTS + place)
     slots, bits = SLOTS + place * CAP, BITS + place * CAP
-    if BN <= BLOCK:
-        steps = count * (BLOCK // BN)
-    else:
-        steps = tl.cdiv(count, BN // BLOCK)
+    steps = tl.cdiv(count * BLOCK, BN)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
@@ -103,7 +109,9 @@ def _sparse_forward(
     tl.store(LSE + (row64 * G * R + head) * T + t, lse, mask=row_ok)
 
 
-def build_union(indices, start, *, slots: int, block_size: int, ratio: int) -> BlockUnion:
+def build_union(
+    indices, q_offset, start, *, slots: int, block_size: int, window: int, ratio: int
+) -> BlockUnion:
     """`union.build_union` on the GPU."""
     batch, groups, length, topk = indices.shape
     queries = union_queries(ratio)
@@ -115,13 +123,17 @@ def build_union(indices, start, *, slots: int, block_size: int, ratio: int) -> B
         indices.new_empty(batch, groups, tiles, capacity, dtype=wide),
         indices.new_empty(batch, groups, tiles),
     )
+    padded = triton.next_power_of_2(topk)
     _build_union[(tiles, batch * groups)](
-        indices, start, *union, length, topk, capacity, tiles, groups, BLOCK=block_size, BQ=queries, num_warps=1
-    )
+        indices, q_offset, start, *union, length, topk, capacity, tiles, groups, window,
+        BLOCK=block_size, BQ=queries, KP=padded, num_warps=max(1, min(8, queries * padded // 1024)),
+    )  # fmt: skip
     return union
 
 
-def forward(q, k, v, union: BlockUnion, q_offset, start, out, lse, *, block_size, window, scale, tile: Tile | None = None):
+def forward(
+    q, k, v, union: BlockUnion, q_offset, start, out, lse, *, block_size, window, scale, tile: Tile | None = None
+):  # fmt: skip
     """Fill ``out`` and ``lse``."""
     batch, heads, length, dim = q.shape
     groups = k.shape[1]

@@ -65,7 +65,12 @@ def block_sparse_attention(
 
         def chunk(q_chunk, k_chunk, v_chunk, part=part):
             mask = _selected_keys(
-                indices[:, :, part], slots[:, part], start[:, part].long(), block_size, window, k_chunk.shape[2]
+                indices[:, :, part],
+                slots[:, part],
+                start[:, part].long(),
+                block_size,
+                window,
+                k_chunk.shape[2],
             )
             out, lse, _ = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, :, None], scale)
             return out.to(q.dtype), lse

@@ -42,14 +42,18 @@ def union_capacity(queries: int, topk: int, slots: int, block_size: int) -> int:
     return min(queries * topk, -(-slots // block_size) + queries)
 
 
-def build_union(indices: Tensor, start: Tensor, *, slots: int, block_size: int, ratio: int) -> BlockUnion:
+def build_union(
+    indices: Tensor, q_offset: Tensor, start: Tensor, *, slots: int, block_size: int, window: int, ratio: int
+) -> BlockUnion:
     """Union of the selected blocks per tile, in plain PyTorch; the kernel's truth.
 
     Args:
-        indices: int32 ``[B,G,T,K]``, ascending, packed to the left, -1 padded (`block_topk`).
+        indices: int32 ``[B,G,T,K]``, -1 for none, in any order.
+        q_offset: int ``[B]``.
         start: int ``[B,T]``.
         slots: slots S of the source's keys.
         block_size: keys per block.
+        window: blocks without a key outside the window are left out.
         ratio: query heads per KV head.
     """
     batch, groups, length, topk = indices.shape
@@ -68,8 +72,8 @@ def build_union(indices: Tensor, start: Tensor, *, slots: int, block_size: int, 
                 members: dict[int, int] = {}
                 for i, t in enumerate(range(tile * queries, min(length, (tile + 1) * queries))):
                     for block in indices[b, g, t].tolist():
-                        if block >= 0:
-                            slot = int(start[b, t]) + block * block_size
+                        slot = int(start[b, t]) + block * block_size
+                        if block >= 0 and slot <= int(q_offset[b]) + t - window:
                             members[slot] = members.get(slot, 0) | 1 << i
                 for at, slot in enumerate(sorted(members)):
                     bits = members[slot]

@@ -18,7 +18,7 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr):
     Returns:
         bool ``[N]`` and int32 ``[N]``.
     """
-    bits = scores.to(tl.int32, bitcast=True)
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0 equals 0
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     if BITS == 30:
         order = tl.where(valid, bits, -1)
@@ -41,7 +41,10 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def _block_topk(SCORES, INDICES, START, OFFSET, NB, T, T0, TC, GT, window, K, BLOCK: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+def _block_topk(
+    SCORES, INDICES, START, OFFSET, NB, T, T0, TC, GT, window, K,
+    BLOCK: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, N)
     blocks = NB

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import functools
+import torch
+from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose, on_device
 from . import reference
 
 
-@functools.wraps(reference.block_topk)
-def block_topk(*args, implementation: str | None = None, **kwargs):
-    choose("block_topk", args[0], implementation)
-    return reference.block_topk(*args, **kwargs)
+def block_topk(scores: Tensor, k: int, *, implementation: str | None = None) -> Tensor:
+    """See `reference.block_topk`; no gradient flows through a selection."""
+    scores = scores.detach()
+    problem = None
+    if scores.dtype == torch.float64:
+        problem = "scores are float64; they must be float32 or narrower"
+    elif not 1 <= scores.shape[-1] <= 65536:
+        problem = f"{scores.shape[-1]} blocks; from 1 to 65536"
+    elif k > 128:
+        problem = f"top-k {k}; at most 128"
+    if choose("block_topk", (scores,), implementation, problem) == "reference":
+        return reference.block_topk(scores, k)
+    if k < 1:
+        raise ValueError(f"top-k must be at least 1, got {k}")
+    from . import forward
+
+    indices = torch.empty(*scores.shape[:3], k, dtype=torch.int32, device=scores.device)
+    if indices.numel():
+        with on_device(scores):
+            forward.forward(scores.float().contiguous(), k, indices)
+    return indices

@@ -1,0 +1,458 @@
+"""Check every Triton kernel on a CUDA device against its float64 reference.
+
+    python -m benchmarks.check_kernels [--quick] [--json FILE]
+
+Errors are relative root-mean-square over all elements. float32 products are IEEE (TF32 is off). The reference runs in
+float64 on the same, already rounded inputs. Buffers are poisoned with NaN through PyTorch's deterministic fill, every
+op runs twice and must repeat itself bit for bit, and slots behind the last query hold NaN. Exit status 1 on failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+import traceback
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import hyconvert_kernels as kernels
+from hyconvert_kernels.dispatch import on_device
+from hyconvert_kernels.window import forward as window_forward
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
+LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One situation; ``kind`` says how sequences lie in the batch."""
+
+    kind: str = "plain"
+    dim: int = 128
+    heads: int = 8
+    groups: int = 2
+    length: int = 333
+    block: int = 64
+    window: int = 128
+    topk: int = 4
+    dtype: torch.dtype = torch.bfloat16
+
+    def __str__(self) -> str:
+        return (
+            f"{NAMES[self.dtype]} d{self.dim} {self.heads}/{self.groups} T{self.length} b{self.block} "
+            f"w{self.window} k{self.topk} {self.kind}"
+        )
+
+
+class Failures(list):
+    """Messages of one case."""
+
+    def close(self, name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> float:
+        """Compare and return the relative RMS error; infinities must lie in the same places."""
+        got, want = got.double(), want.double()
+        if torch.isnan(got).any():
+            self.append(f"{name}: {int(torch.isnan(got).sum())} NaN of {got.numel()}")
+            return math.nan
+        infinite = torch.isinf(want)
+        if not torch.equal(torch.isinf(got), infinite):
+            self.append(f"{name}: -inf in other places ({int((torch.isinf(got) != infinite).sum())})")
+            return math.nan
+        got, want = got.masked_fill(infinite, 0), want.masked_fill(infinite, 0)
+        scale = want.norm().item()
+        error = (got - want).norm().item() / scale if scale else got.norm().item()
+        if not error <= tolerance:
+            self.append(f"{name}: relative RMS {error:.1e} > {tolerance:.0e}")
+        return error
+
+    def same(self, name: str, first: object, second: object) -> None:
+        """Two runs must agree bit for bit."""
+        for a, b in zip(_tuple(first), _tuple(second), strict=True):
+            if a is not None and not torch.equal(a, b):
+                self.append(f"{name}: two runs differ")
+
+
+def _tuple(x: object) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def layout(case: Case) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """q_offset, start, T and S."""
+    length = case.length
+    zero = torch.zeros(2, dtype=torch.int64)
+    if case.kind == "plain":
+        return zero, torch.zeros(2, length, dtype=torch.int64), length, length
+    if case.kind == "left padded":
+        start = torch.arange(length).repeat(2, 1)
+        for row, pad in enumerate((min(length - 1, 77), min(length - 1, 5))):
+            start[row, pad:] = pad
+        return zero, start, length, length
+    if case.kind == "packed":
+        start = torch.zeros(2, length, dtype=torch.int32)
+        for row, cuts in enumerate(((13, 61, length // 2), (3 * length // 4,))):
+            for cut in cuts:
+                start[row, cut:] = cut
+        return zero.int(), start, length, length
+    if case.kind == "static cache":
+        start = torch.tensor([[3], [0]]).expand(2, length).contiguous()
+        return torch.tensor([251, 17]), start, length, length + 400
+    if case.kind == "decode":
+        start = torch.tensor([[7], [0]])
+        return torch.tensor([case.length - 1, case.length // 3]), start, 1, case.length + 65
+    raise ValueError(case.kind)
+
+
+def inputs(case: Case, seed: int = 0):
+    """Random inputs on the device, NaN behind each row's last query."""
+    offset, start, length, slots = layout(case)
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen).to("cuda", case.dtype)
+
+    q, q2 = normal(2, case.heads, length, case.dim) * 1.5, normal(2, case.heads, length, case.dim)
+    keys = [normal(2, case.groups, slots, case.dim) for _ in range(4)]
+    for row in range(2):
+        for x in keys:
+            x[row, :, int(offset[row]) + length :] = math.nan
+    gate = normal(2, case.heads, length)
+    return q, q2, keys, gate, offset.cuda(), start.cuda()
+
+
+def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.double() for x in tensors]
+
+
+def check_indices(
+    bad: Failures, name: str, got: torch.Tensor, scores: torch.Tensor, tolerance: float
+) -> None:
+    """Indices are well formed, and the chosen scores are the best ones up to rounding."""
+    topk = got.shape[-1]
+    eligible = (scores > -math.inf).sum(-1)
+    count = (got >= 0).sum(-1)
+    if not torch.equal(count, eligible.clamp(max=topk)):
+        bad.append(f"{name}: wrong number of blocks")
+        return
+    ascending = (got[..., 1:] > got[..., :-1]) | (got[..., 1:] == -1)
+    if not bool(ascending.all()) or bool((got >= scores.shape[-1]).any()):
+        bad.append(f"{name}: not ascending, left-packed and in range")
+        return
+    chosen = scores.gather(-1, got.clamp(min=0).long()).masked_fill(got < 0, math.inf)
+    lowest = chosen.amin(-1)
+    taken = torch.zeros(*scores.shape[:-1], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+    taken.scatter_(-1, torch.where(got < 0, scores.shape[-1], got).long(), True)
+    best_left = scores.masked_fill(taken[..., :-1], -math.inf).amax(-1)
+    if bool((best_left > lowest * (1 + tolerance) + 1e-30).any()):
+        bad.append(
+            f"{name}: a better block was left out ({int((best_left > lowest * (1 + tolerance)).sum())})"
+        )
+
+
+def twice(bad: Failures, name: str, function, *args, **settings):
+    first = function(*args, **settings, implementation="triton")
+    bad.same(name, first, function(*args, **settings, implementation="triton"))
+    return first
+
+
+def check_prefill(case: Case) -> tuple[Failures, dict[str, float]]:
+    """All prefill ops of one case."""
+    bad, errors = Failures(), {}
+    tol, lse_tol = TOLERANCE[case.dtype], LSE_TOLERANCE[case.dtype]
+    q, q2, (k, v, kw, vw), gate, offset, start = inputs(case)
+    scale = case.dim**-0.5
+    shared = {"window": case.window, "scale": scale}
+    blocked = {**shared, "block_size": case.block}
+
+    got = twice(bad, "oracle", kernels.oracle_attention, q, k, v, offset, start, **blocked)
+    want = kernels.oracle_attention(*double(q, k, v), offset, start, **blocked, implementation="reference")
+    errors["oracle"] = bad.close("oracle out", got[0], want[0], tol)
+    bad.close("oracle lse", got[1], want[1], lse_tol)
+    errors["scores"] = bad.close("oracle scores", got[2], want[2], max(1e-4, lse_tol))
+    plain = twice(
+        bad,
+        "oracle without scores",
+        kernels.oracle_attention,
+        q,
+        k,
+        v,
+        offset,
+        start,
+        with_scores=False,
+        **blocked,
+    )
+    bad.close("oracle out without scores", plain[0], want[0], tol)
+
+    for topk in {case.topk, 1}:
+        chosen = twice(bad, "topk", kernels.block_topk, got[2], topk)
+        if not torch.equal(chosen, kernels.block_topk(got[2], topk, implementation="reference")):
+            bad.append(f"topk {topk}: differs from the reference on the same scores")
+    with_topk = twice(
+        bad, "oracle topk", kernels.oracle_attention_topk, q, k, v, offset, start, topk=case.topk, **blocked
+    )
+    bad.close("oracle topk out", with_topk[0], want[0], tol)
+    check_indices(bad, "oracle topk indices", with_topk[2], want[2], 1e-3)
+
+    indices = with_topk[2]
+    shuffled = torch.cat([indices.flip(-1), indices[..., :1]], -1)  # any order, and one block named twice
+    want_s = kernels.block_sparse_attention(
+        *double(q2, k, v), indices, offset, start, **blocked, implementation="reference"
+    )
+    for name, chosen in (("sparse", indices), ("sparse shuffled", shuffled)):
+        got_s = twice(bad, name, kernels.block_sparse_attention, q2, k, v, chosen, offset, start, **blocked)
+        errors["sparse"] = bad.close(f"{name} out", got_s[0], want_s[0], tol)
+        bad.close(f"{name} lse", got_s[1], want_s[1], lse_tol)
+    many = torch.arange(128, dtype=torch.int32, device="cuda").expand(*indices.shape[:3], 128)
+    got_m = kernels.block_sparse_attention(q2, k, v, many, offset, start, **blocked, implementation="triton")
+    want_m = kernels.block_sparse_attention(
+        *double(q2, k, v), many, offset, start, **blocked, implementation="reference"
+    )
+    bad.close("sparse all blocks", got_m[0], want_m[0], tol)
+    empty = kernels.block_sparse_attention(
+        q2, k, v, torch.full_like(indices, -1), offset, start, **blocked, implementation="triton"
+    )
+    if bool((empty[0] != 0).any()) or bool((empty[1] != -math.inf).any()):
+        bad.append("sparse: an empty selection must give 0 and -inf")
+
+    got_w = twice(bad, "window", kernels.window_attention, q, kw, vw, offset, start, **shared)
+    want_w = kernels.window_attention(*double(q, kw, vw), offset, start, **shared, implementation="reference")
+    errors["window"] = bad.close("window out", got_w[0], want_w[0], tol)
+    bad.close("window lse", got_w[1], want_w[1], lse_tol)
+
+    pieces = (*got_w, *got_s, gate)
+    got_g = twice(bad, "merge", kernels.merge_branches, *pieces)
+    want_g = kernels.merge_branches(*double(*pieces), implementation="reference")
+    errors["merge"] = bad.close("merge", got_g, want_g, tol)
+    fused = torch.full_like(q, math.nan)
+    with on_device(q):
+        window_forward.forward(q, kw, vw, offset, start, fused, None, merge=(*got_s, gate), **shared)
+    bad.close("window fused with merge", fused, want_g, tol)
+    return bad, errors
+
+
+def check_decode(case: Case) -> tuple[Failures, dict[str, float]]:
+    """Both decode ops of one case."""
+    bad, errors = Failures(), {}
+    tol, lse_tol = TOLERANCE[case.dtype], LSE_TOLERANCE[case.dtype]
+    q, q2, (k, v, kw, vw), gate, offset, start = inputs(case)
+    settings = {"window": case.window, "scale": case.dim**-0.5, "block_size": case.block}
+    got = twice(bad, "decode", kernels.oracle_decode, q, k, v, offset, start, topk=case.topk, **settings)
+    want = kernels.oracle_attention(*double(q, k, v), offset, start, **settings, implementation="reference")
+    errors["decode"] = bad.close("oracle decode out", got[0], want[0], tol)
+    bad.close("oracle decode lse", got[1], want[1], lse_tol)
+    check_indices(bad, "oracle decode indices", got[2], want[2], 1e-3)
+
+    value_map = (
+        torch.randn(case.heads, case.dim, case.dim, generator=torch.Generator().manual_seed(1)).to(
+            "cuda", case.dtype
+        )
+        * case.dim**-0.5
+    )
+    ring_k, ring_v = (torch.full_like(x[:, :, : case.window], math.nan) for x in (kw, vw))
+    for row in range(2):
+        for slot in range(max(0, int(offset[row]) + 1 - case.window), int(offset[row]) + 1):
+            ring_k[row, :, slot % case.window] = kw[row, :, slot]
+            ring_v[row, :, slot % case.window] = vw[row, :, slot]
+    tail = (q2, k, v, got[2], offset, start, gate)
+    tail64 = (*double(q2, k, v), got[2], offset, start, gate.double())
+    for mapped in (None, value_map):
+        mapped64 = None if mapped is None else mapped.double()
+        want_s = kernels.sparse_decode(
+            q.double(), *double(kw, vw), *tail64, value_map=mapped64, window_offset=offset, window_start=start,
+            implementation="reference", **settings,
+        )  # fmt: skip
+        whole = twice(
+            bad, "sparse decode", kernels.sparse_decode, q, kw, vw, *tail, value_map=mapped, window_offset=offset,
+            window_start=start, **settings,
+        )  # fmt: skip
+        ring = twice(
+            bad, "sparse decode of a ring", kernels.sparse_decode, q, ring_k, ring_v, *tail, value_map=mapped,
+            **settings,
+        )  # fmt: skip
+        errors["sparse decode"] = bad.close("sparse decode", whole, want_s, tol)
+        bad.close("sparse decode of a ring", ring, want_s, tol)
+    return bad, errors
+
+
+def check_gradients() -> Failures:
+    """Where an input requires a gradient the dispatcher must give the reference's."""
+    bad = Failures()
+    case = Case(dtype=torch.float32, length=200, dim=64)
+    q, q2, (k, v, kw, vw), gate, offset, start = inputs(case)
+    settings = {"window": case.window, "scale": 0.125}
+
+    def layer(implementation: str | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        q, q2, k, v, kw, vw, gate = leaves = [x.detach().clone().requires_grad_() for x in tensors]
+        near = kernels.window_attention(q, kw, vw, offset, start, **settings, implementation=implementation)
+        _, _, indices = kernels.oracle_attention_topk(
+            q, k, v, offset, start, block_size=64, topk=2, **settings, implementation=implementation
+        )
+        far = kernels.block_sparse_attention(
+            q2, k, v, indices, offset, start, block_size=64, **settings, implementation=implementation
+        )
+        out = kernels.merge_branches(*near, *far, gate, implementation=implementation)
+        out.square().sum().backward()
+        return [x.grad for x in leaves]
+
+    tensors = (q, q2, k, v, kw, vw, gate)
+    want = layer("reference", *double(*tensors))
+    for implementation in (None, "triton"):
+        for name, a, b in zip(
+            ("q", "q2", "k", "v", "kw", "vw", "gate"), layer(implementation, *tensors), want, strict=True
+        ):
+            bad.close(f"gradient of {name}", a, b, 1e-4)
+    return bad
+
+
+def check_refusals() -> Failures:
+    """What the kernels cannot do must be refused by a ValueError."""
+    bad = Failures()
+    offset, start = torch.zeros(1, dtype=torch.int64).cuda(), torch.zeros(1, 32, dtype=torch.int64).cuda()
+
+    def refused(
+        name: str, dim: int = 64, heads: int = 4, dtype: torch.dtype = torch.float32, **changed: int
+    ) -> None:
+        q = torch.randn(1, heads, 32, dim, device="cuda").to(dtype)
+        k = torch.randn(1, 1, 32, dim, device="cuda").to(dtype)
+        settings = {"block_size": 16, "window": 8, "scale": 1.0, "topk": 2, **changed}
+        try:
+            kernels.oracle_attention_topk(q, k, k, offset, start, **settings)
+        except ValueError as error:
+            if "no Triton kernel" not in str(error):
+                bad.append(f"{name}: refused for another reason: {error}")
+        else:
+            bad.append(f"{name}: not refused")
+
+    refused("float64", dtype=torch.float64)
+    refused("head dim 8", dim=8)
+    refused("head dim 320", dim=320)
+    refused("head dim 68", dim=68)
+    refused("32 heads per KV head", heads=32)
+    refused("block size 48", block_size=48)
+    refused("block size 256", block_size=256)
+    refused("top-k 256", topk=256)
+    return bad
+
+
+def cases(quick: bool) -> list[tuple[str, Case]]:
+    """Every dimension of the table once in every dtype, rather than the full product."""
+    kinds = ("plain", "left padded", "packed", "static cache")
+    found: list[tuple[str, Case]] = []
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16, torch.float32):
+        shapes = [{"kind": kind} for kind in kinds]
+        shapes += [
+            {"dim": 64},
+            {"dim": 96, "kind": "packed"},
+            {"dim": 256, "kind": "left padded"},
+            {"dim": 16},
+        ]
+        shapes += [
+            {"heads": ratio * 2, "kind": kinds[at % 4], "dim": 64}
+            for at, ratio in enumerate((1, 3, 7, 8, 16))
+        ]
+        shapes += [
+            {"block": block, "window": window, "topk": topk, "kind": kinds[at % 4], "dim": 64}
+            for at, (block, window, topk) in enumerate(
+                ((16, 20, 16), (32, 1, 8), (128, 100, 2), (16, 64, 64))
+            )
+        ]
+        shapes += [{"length": length, "dim": 64, "window": 20} for length in (1, 2, 65, 127)]
+        shapes += [{"length": 2051, "dim": 128, "topk": 16, "kind": "packed"}]
+        found += [("prefill", Case(dtype=dtype, **shape)) for shape in shapes]
+        steps = [{"dim": dim} for dim in (16, 64, 96, 128, 256)] + [
+            {"heads": ratio * 2} for ratio in (1, 3, 7, 8, 16)
+        ]
+        steps += [{"block": block, "topk": 8} for block in (16, 32, 128)]
+        steps += [{"length": length, "window": 20} for length in (9, 40, 130)]
+        steps += [{"length": 5003, "topk": 16}, {"length": 5003, "topk": 64, "block": 16}]
+        found += [("decode", Case(kind="decode", dtype=dtype, **{"length": 999, **shape})) for shape in steps]
+    return found
+
+
+def one(job: tuple[str, Case | None]) -> dict:
+    """One row of the table; runs in a worker process."""
+    group, case = job
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    warnings.simplefilter("ignore")  # deterministic fill warns of ops that need it no further
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # NaN in every torch.empty
+    begun = time.perf_counter()
+    errors: dict[str, float] = {}
+    try:
+        if case is None:
+            bad = {"gradients": check_gradients, "refusals": check_refusals}[group]()
+        else:
+            bad, errors = (check_prefill if group == "prefill" else check_decode)(case)
+    except Exception as error:
+        trace = traceback.format_exc().strip().splitlines()
+        bad = [f"{type(error).__name__}: {str(error)[:400]}", *trace[-12:]]
+    seconds = round(time.perf_counter() - begun, 1)
+    return {
+        "group": group, "case": str(case or ""), "errors": errors, "failures": list(bad), "seconds": seconds,
+    }  # fmt: skip
+
+
+def run(quick: bool = False, jobs: int = 8, limit: float = math.inf) -> tuple[list[dict], bool]:
+    """Check everything in ``jobs`` processes (most of the time is compiling), print a table.
+
+    Returns:
+        The table's rows, and whether all is well.
+    """
+    begun = time.perf_counter()
+    work = [("gradients", None), ("refusals", None), *cases(quick)]
+    rows, skipped = [], 0
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(one, job) for job in work]
+        for future in pending:
+            if time.perf_counter() - begun > limit and not future.running() and not future.done():
+                skipped += future.cancel()
+                continue
+            row = future.result()
+            rows.append(row)
+            numbers = " ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
+            verdict = "FAIL" if row["failures"] else "ok"
+            print(f"{verdict:4} {row['group']:9} {row['case']:50} {numbers} ({row['seconds']} s)", flush=True)
+            for message in row["failures"][:8]:
+                print(f"       {message}", flush=True)
+    failed = sum(bool(row["failures"]) for row in rows)
+    print(
+        f"{len(rows) - failed} of {len(work)} checks passed, {failed} failed, {skipped} not reached, "
+        f"{time.perf_counter() - begun:.0f} s, {torch.cuda.get_device_name()}"
+    )
+    return rows, not failed and not skipped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="bfloat16 only")
+    parser.add_argument("--jobs", type=int, default=8, help="processes (default 8)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="start no check after so many seconds")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "check_kernels.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was checked", file=sys.stderr)
+        return 2
+    rows, passed = run(args.quick, args.jobs, args.limit)
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "passed": passed,
+        "rows": rows,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
