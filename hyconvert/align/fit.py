@@ -1,7 +1,7 @@
 """Closed-form alignment of one layer, from what the base's own attention does on calibration text.
 
-Notation follows the design: q is the layer's own query before RoPE, K and V belong to the source layer, W are the base's
-attention weights over the selected keys. Each fit reads a sample of query rows; keys are always complete.
+Notation follows the design: q is the layer's own query before RoPE, K and V belong to the source layer, W are the
+base's attention weights over the selected keys. Each fit reads a sample of query rows; keys are always complete.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int) -> Rows
 
 
 def softmax_over(logits: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention restricted to a mask: output [H, n, d] (0 where the mask is empty) and log-sum-exp [H, n] (-inf there)."""
+    """Attention restricted to a mask: output [H, n, d] and log-sum-exp [H, n]; 0 and -inf where the mask is empty."""
     masked = logits.masked_fill(~mask, -torch.inf)
     lse = masked.logsumexp(-1)
     weights = (masked - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
@@ -179,7 +179,10 @@ class QueryMapFit:
     def solve(self) -> Tensor:
         """M, [H, d, d]."""
         return quadratic_map(
-            torch.cat(self.curvature, 1), torch.cat(self.linear, 1), torch.cat(self.inputs, 1), self.settings.query_ridge
+            torch.cat(self.curvature, 1),
+            torch.cat(self.linear, 1),
+            torch.cat(self.inputs, 1),
+            self.settings.query_ridge,
         )
 
 
@@ -192,7 +195,11 @@ class SparseRows:
 
 
 def read_sparse(
-    attention: HyConvertAttention, rows: Rows, oracle: OracleState, query_map: Tensor | None, rope: tuple[Tensor, Tensor]
+    attention: HyConvertAttention,
+    rows: Rows,
+    oracle: OracleState,
+    query_map: Tensor | None,
+    rope: tuple[Tensor, Tensor],
 ) -> SparseRows:
     """Run the sparse branch of a candidate query map at some rows."""
     mask = selected_keys(attention, oracle, rows)
@@ -223,7 +230,9 @@ class ValueMapFit:
 
     def solve(self) -> Tensor:
         """N, [H, d, d] float32."""
-        return ridge(torch.as_tensor(self.gram), torch.as_tensor(self.cross), self.settings.value_ridge).float()
+        return ridge(
+            torch.as_tensor(self.gram), torch.as_tensor(self.cross), self.settings.value_ridge
+        ).float()
 
 
 class GateFit:
@@ -267,7 +276,7 @@ class GateFit:
 
 
 class OutputFit:
-    """Refit of o_proj: from the converted layer's heads to the base's attention output, with the old weight as prior."""
+    """Refit of o_proj, from the converted layer's heads to the base's attention output; the old weight is the prior."""
 
     def __init__(self, settings: FitSettings) -> None:
         self.settings = settings

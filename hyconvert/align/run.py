@@ -107,7 +107,9 @@ def align_layer(visit: LayerVisit, oracles: list[OracleState], settings: FitSett
     if attention.query_map is not None:
         fit = QueryMapFit(attention, settings)
         for sequence in range(count):
-            rows = read_rows(visit, sequence, sample_rows(length, window, settings.map_rows, generator), window)
+            rows = read_rows(
+                visit, sequence, sample_rows(length, window, settings.map_rows, generator), window
+            )
             fit.add(rows, oracles[sequence], visit.rope)
         attention.query_map.copy_(fit.solve())
     query_map = attention.query_map.float() if attention.query_map is not None else None
@@ -148,8 +150,8 @@ def _set_gate(gate: Any, fit: GateFit, samples: list[_Sample]) -> None:
 
 def _refit_output(visit: LayerVisit, samples: list[_Sample], settings: FitSettings) -> LayerFit:
     attention = visit.attention
-    projection = attention.o_proj
-    weight = projection.weight.float()
+    projection: Any = attention.o_proj
+    weight: Tensor = projection.weight.float()
     bias = 0.0 if projection.bias is None else projection.bias.float()
     fit = OutputFit(settings)
     energy = error = mass = 0.0

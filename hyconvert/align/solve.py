@@ -23,10 +23,13 @@ def ridge(gram: Tensor, cross: Tensor, strength: float, prior: Tensor | None = N
     level = strength * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None]
     lhs = gram + level * torch.eye(size, dtype=gram.dtype, device=gram.device)
     rhs = cross if prior is None else cross + level * prior.double()
-    return torch.linalg.solve(lhs, rhs.mT).mT
+    solution: Tensor = torch.linalg.solve(lhs, rhs.mT)
+    return solution.mT
 
 
-def quadratic_map(curvature: Tensor, linear: Tensor, inputs: Tensor, strength: float, steps: int = 24) -> Tensor:
+def quadratic_map(
+    curvature: Tensor, linear: Tensor, inputs: Tensor, strength: float, steps: int = 24
+) -> Tensor:
     """Minimise sum_t (M x_t)' A_t (M x_t) / 2 - c_t' (M x_t), plus a ridge, over a matrix M per head.
 
     Conjugate gradients, preconditioned with the Kronecker product of the mean A and the mean x x'.

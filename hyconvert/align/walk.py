@@ -87,4 +87,5 @@ class LayerWalk:
         finally:
             for handle in handles:
                 handle.remove()
-        return (result[0] if isinstance(result, tuple) else result)[0]
+        hidden: Tensor = result[0] if isinstance(result, tuple) else result
+        return hidden[0]

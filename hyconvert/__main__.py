@@ -1,0 +1,5 @@
+"""`python -m hyconvert`."""
+
+from hyconvert.cli import main
+
+main()

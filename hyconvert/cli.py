@@ -1,0 +1,249 @@
+"""The command line. Heavy imports stay inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hyconvert.errors import HyconvertError, PlanError
+
+app = typer.Typer(
+    name="hyconvert",
+    help="Convert a pretrained full-attention language model into a HySparse model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def user_facing(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn a user's mistake into one line and exit code 2, and Ctrl-C into exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except HyconvertError as error:
+            print(f"hyconvert: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print("hyconvert: interrupted; nothing was written", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SequenceLength = Annotated[int, typer.Option(min=64, help="Tokens per sequence.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
+
+
+@app.command()
+@user_facing
+def convert(
+    base: Annotated[str, typer.Argument(help="Hugging Face id, folder with safetensors, or .gguf file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the converted model to.")],
+    uniform: Annotated[
+        str | None, typer.Option(help="Uniform plan 1:N, N sparse layers per full layer.")
+    ] = None,
+    full_layers: Annotated[
+        str | None,
+        typer.Option(help="Layers that stay full, such as 0,1,7 or 0-2,7; others read the nearest before."),
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="A plan.json, or a layer map such as 'F*3 S2*4 F W*2'.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Keys per block.  [default: the plan's, or 64]")
+    ] = None,
+    topk: Annotated[
+        int | None, typer.Option(help="Blocks read per query.  [default: the plan's, or 16]")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Window in tokens.  [default: the plan's, or 128]")
+    ] = None,
+    gate: Annotated[
+        str | None, typer.Option(help="merge or sigmoid.  [default: the plan's, or merge]")
+    ] = None,
+    sinks: Annotated[
+        bool | None, typer.Option("--sinks/--no-sinks", help="Learnable sinks in the branches.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to align on: file, folder or Hub dataset.  [default: built-in text]"),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=64, help="Tokens to align on.")] = 65_536,
+    calibration_column: Annotated[str, typer.Option(help="Text column of a dataset.")] = "text",
+    sequence_length: SequenceLength = 2048,
+    align: Annotated[bool, typer.Option("--align/--no-align", help="Align in closed form.")] = True,
+    dtype: Annotated[
+        str, typer.Option(help="auto keeps the checkpoint's; float32, bfloat16, float16.")
+    ] = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the rows that alignment samples.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
+    max_shard_size: Annotated[float, typer.Option(min=0.001, help="Largest shard in GB.")] = 5.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show the plan; write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose the full layers, rewire the others, align them in closed form, save."""
+    from hyconvert import conversion
+    from hyconvert.align import FitSettings
+    from hyconvert.inspection import layer_table
+    from hyconvert.progress import on_stderr, silent
+
+    chosen: dict[str, Any] = {
+        "plan": plan,
+        "uniform": parse_ratio(uniform),
+        "full_layers": parse_layers(full_layers),
+        "block_size": block_size,
+        "topk": topk,
+        "window": window,
+        "gate": gate,
+        "sinks": sinks,
+    }
+    if dry_run:
+        from hyconvert.checkpoint import open_source
+        from hyconvert.modeling import HyConvertConfig, family_of
+
+        source = open_source(base, revision=revision, dtype=dtype)
+        family_of(source.config.model_type)
+        config = HyConvertConfig.from_base(source.config, conversion.make_plan(source.config, **chosen))
+        show(layer_table(config), as_json)
+        return
+    report = conversion.convert(
+        base,
+        out,
+        align_layers=align,
+        calibration=conversion.Calibration(
+            calibration, calibration_tokens, sequence_length, calibration_column
+        ),
+        fit=FitSettings(seed=seed),
+        dtype=dtype,
+        device=device,
+        force=force,
+        revision=revision,
+        max_shard_bytes=int(max_shard_size * 1e9),
+        command=shlex.join(["hyconvert", *sys.argv[1:]]),
+        progress=silent if as_json else on_stderr,
+        **chosen,
+    )
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    print(report.plan.line)
+    if report.perplexity:
+        base_ppl, ours = report.perplexity["base"], report.perplexity["converted"]
+        print(
+            f"perplexity on held-out calibration text: base {base_ppl:.2f}, converted {ours:.2f} ({ours / base_ppl:.3f}x)"
+        )
+    print(f"saved to {out} in {report.seconds:.0f} s")
+
+
+@app.command()
+@user_facing
+def inspect(
+    path: Annotated[str, typer.Argument(help="Converted model, folder or Hub id.")],
+    as_json: Json = False,
+) -> None:
+    """Show the layer map, and what the KV cache weighs against the base's."""
+    from hyconvert.inspection import inspect_path
+
+    show(inspect_path(path), as_json)
+
+
+@app.command("eval")
+@user_facing
+def evaluate(
+    path: Annotated[str, typer.Argument(help="Converted model, folder or Hub id.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base to compare with: Hub id, folder or .gguf.  [default: the recorded one]"),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Text to measure on: file, folder, Hub dataset or stdlib-docstrings.")
+    ] = "stdlib-docstrings",
+    column: Annotated[str, typer.Option(help="Text column of a dataset.")] = "text",
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to measure on.")] = 16_384,
+    sequence_length: SequenceLength = 2048,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a converted model and its base, side by side on the same tokens."""
+    from hyconvert.comparison import compare
+    from hyconvert.progress import on_stderr, silent
+
+    result = compare(
+        path,
+        base=base,
+        data=data,
+        column=column,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        device=device,
+        progress=silent if as_json else on_stderr,
+    )
+    show(result, as_json)
+
+
+def show(result: Any, as_json: bool) -> None:
+    """Print a result that has `to_dict()` and `render(console)`."""
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    result.render(Console())
+
+
+def parse_ratio(text: str | None) -> int | None:
+    """N of `1:N`.
+
+    Raises:
+        PlanError: it is not of that form.
+    """
+    if text is None:
+        return None
+    head, _, tail = text.partition(":")
+    if head != "1" or not tail.isdigit() or int(tail) < 1:
+        raise PlanError(f"--uniform {text} is not a ratio; write 1:N with N of at least 1, such as 1:3")
+    return int(tail)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layer numbers such as `0,1,7` or `0-2,7`.
+
+    Raises:
+        PlanError: it is no such list.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise PlanError(
+                f"'{part}' in --full-layers is no layer number; write layers such as 0,1,7 or 0-2,7"
+            )
+        layers.extend(range(int(first), int(last or first) + 1))
+    return tuple(dict.fromkeys(layers))
+
+
+def main() -> None:
+    """Entry point of the `hyconvert` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Text for calibrating and measuring: files, folders, Hub datasets, or what every Python carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyconvert.errors import DataError
+
+BUILTIN = "pydoc"
+"""Name of the built-in calibration text: the Python language reference (`pydoc_data.topics`), 0.5 MB of prose."""
+BUILTIN_HELDOUT = "stdlib-docstrings"
+"""Name of the built-in text to measure on: module, class and function docstrings of the standard library."""
+
+_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+_COMPRESSIONS = (".xz", ".gz", ".zst", ".bz2")
+
+
+def read_texts(source: str | None, *, column: str = "text") -> Iterator[str]:
+    """Documents of a text source, one by one.
+
+    Args:
+        source: a file (.txt, .md, .rst, .jsonl, .json, .parquet, also .xz, .gz, .zst, .bz2), a folder of such files, a
+            Hub dataset id, `pydoc` or `stdlib-docstrings`; None means `pydoc`.
+        column: the column that holds the text, for formats with columns.
+
+    Raises:
+        DataError: the source does not exist, is empty, or has no such column.
+    """
+    if source is None or source == BUILTIN:
+        yield from _pydoc_topics()
+    elif source == BUILTIN_HELDOUT:
+        yield from _stdlib_docstrings()
+    else:
+        yield from _rows(source, column)
+
+
+def token_blocks(
+    texts: Iterable[str], tokenizer: Any, *, sequences: int, length: int, name: str, cap: int = 4
+) -> Tensor:
+    """Tokens of documents strung together, in blocks of one length.
+
+    Args:
+        texts: documents; reading stops as soon as there are enough.
+        tokenizer: a transformers tokenizer.
+        sequences: blocks wanted, N.
+        length: tokens per block, T.
+        name: of the source, for errors.
+        cap: a document gives at most this many blocks' worth of tokens, so that one long book is not all there is.
+
+    Returns:
+        [N, T] int64, with fewer rows where the source is short.
+
+    Raises:
+        DataError: the source does not fill one block.
+    """
+    tokens: list[int] = []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    for text in texts:
+        # A tokenizer's characters per token are bounded well above 1, so a long book need not be tokenised whole.
+        head = text[: cap * length * 16]
+        tokens += tokenizer(head, add_special_tokens=False, verbose=False)["input_ids"][: cap * length] + end
+        if len(tokens) >= sequences * length:
+            break
+    rows = min(sequences, len(tokens) // length)
+    if rows == 0:
+        raise DataError(
+            f"{name} holds {len(tokens)} tokens, fewer than one sequence of {length}; give more text or a smaller "
+            "--sequence-length"
+        )
+    return torch.tensor(tokens[: rows * length]).view(rows, length)
+
+
+def _pydoc_topics() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+
+
+def _stdlib_docstrings() -> Iterator[str]:
+    import ast
+    import sysconfig
+
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+        text = "\n\n".join(doc for doc in found if len(doc) > 80)
+        if text:
+            yield text
+
+
+def _rows(source: str, column: str) -> Iterator[str]:
+    import datasets
+
+    path = Path(source)
+    if path.exists():
+        files = _files(path)
+        kind = _format(files[0])
+        options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+        rows = datasets.load_dataset(
+            kind, data_files=list(map(str, files)), split="train", streaming=True, **options
+        )
+    elif path.suffix or source.startswith(("/", ".", "~")):
+        raise DataError(f"no file or folder {source}; give a text file, a folder, or a Hub dataset id")
+    else:
+        try:
+            rows = datasets.load_dataset(source, split="train", streaming=True)
+        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"'{source}' is no local file or folder, and not a dataset that can be reached on the Hub ({reason}); "
+                f"check the name, or leave it out to use the built-in text '{BUILTIN}'"
+            ) from error
+    count = 0
+    try:
+        for row in rows:
+            if column not in row:
+                raise DataError(f"{source} has no column '{column}'; it has {', '.join(map(repr, row))}")
+            if row[column]:
+                count += 1
+                yield str(row[column])
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        UnicodeDecodeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise DataError(
+            f"{source} cannot be read as text ({str(error).splitlines()[0]}); check the file"
+        ) from error
+    if not count:
+        raise DataError(f"{source} holds no text; give a source with at least one document")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p, strict=False))
+    if not files:
+        raise DataError(f"folder {path} holds no text files; known endings are {', '.join(_FORMATS)}")
+    first = _format(files[0])
+    return [p for p in files if _format(p) == first]
+
+
+def _format(path: Path, strict: bool = True) -> str:
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSIONS]
+    kind = _FORMATS.get(suffixes[-1] if suffixes else "", "")
+    if not kind and strict:
+        raise DataError(
+            f"{path} has an ending that is not known; known are {', '.join(_FORMATS)}, also compressed"
+        )
+    return kind

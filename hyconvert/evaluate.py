@@ -1,0 +1,78 @@
+"""Measuring models on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyconvert.modeling.state import ForwardState
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    tokens: Tensor,
+    *,
+    state: Callable[[], ForwardState] | None = None,
+    on_sequence: Callable[[], None] | None = None,
+) -> float:
+    """Perplexity of a causal LM, every token but each sequence's first predicted from all before it.
+
+    Args:
+        model: any transformers causal LM.
+        tokens: [N, T] int64.
+        state: makes the `hyconvert_state` to pass along, for a converted model that is to run as its base.
+        on_sequence: called after each sequence.
+
+    Returns:
+        exp of the mean negative log-likelihood in nats.
+    """
+    device = next(model.parameters()).device
+    total = 0.0
+    for row in tokens:
+        row = row.to(device)
+        extra = {"hyconvert_state": state()} if state else {}
+        hidden = model.model(row[None], use_cache=False, **extra).last_hidden_state[0]
+        total += _nll(model, hidden, row) / len(tokens)
+        if on_sequence:
+            on_sequence()
+    return math.exp(total)
+
+
+def _nll(model: Any, hidden: Tensor, row: Tensor, chunk: int = 512) -> float:
+    """Mean negative log-likelihood; logits of `chunk` tokens at a time, so that long sequences fit."""
+    losses = [
+        torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[at : at + chunk]).float()[: len(row) - 1 - at],
+            row[at + 1 : at + 1 + chunk],
+            reduction="sum",
+        )
+        for at in range(0, len(row) - 1, chunk)
+    ]
+    return float(torch.stack(losses).sum()) / (len(row) - 1)
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one; anything else is a torch device."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean, NaN of nothing."""
+    items = list(values)
+    return sum(items) / len(items) if items else math.nan

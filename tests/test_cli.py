@@ -1,0 +1,159 @@
+"""The command line: what a newcomer types, rightly and wrongly."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hyconvert.cli import app
+from hyconvert.data import read_texts
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("words") / "words.jsonl"
+    rows = [{"text": " ".join(f"word {i * j % 97}" for j in range(60))} for i in range(1, 12)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_help_answers_at_once() -> None:
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "hyconvert", "--help"], capture_output=True, text=True, check=True
+    )
+    assert (
+        time.monotonic() - began < 2
+    )  # 0.1 s here; torch alone would take longer than this on a slow machine
+    assert "convert" in result.stdout
+    script = "import sys; sys.argv = ['hyconvert']; import hyconvert.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_convert_inspect_eval(tiny_base: Callable[..., Path], tmp_path: Path, words: Path) -> None:
+    base, out = tiny_base("llama"), tmp_path / "out"
+    options = (
+        "--full-layers",
+        "0,2-3",
+        "--block-size",
+        "16",
+        "--topk",
+        "2",
+        "--window",
+        "16",
+        "--sequence-length",
+        "64",
+    )
+    options += ("--calibration", str(words), "--calibration-tokens", "512", "--device", "cpu")
+    code, stdout, stderr = run("convert", base, "-o", out, *options)
+    assert code == 0, stderr
+    assert "F S0 F*2" in stdout and "perplexity on held-out calibration text" in stdout
+    assert "Aligning 4/4" in stderr
+    code, stdout, _ = run("inspect", out)
+    assert code == 0 and "F S0 F*2" in stdout and "8k tokens" in stdout
+    code, stdout, _ = run("inspect", out, "--json")
+    data = json.loads(stdout)
+    assert data["line"] == "F S0 F*2" and data["layers"][1]["source"] == 0
+    assert data["layers"][0]["kv_bytes_per_token"] == 2 * 2 * 16 * 2
+    code, stdout, _ = run(
+        "eval",
+        out,
+        "--data",
+        words,
+        "--tokens",
+        "256",
+        "--sequence-length",
+        "64",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    result = json.loads(stdout)
+    assert code == 0 and result["tokens"] == 256
+    assert result["ratio"] == pytest.approx(result["converted_perplexity"] / result["base_perplexity"])
+
+
+def test_a_dry_run_writes_nothing(tiny_base: Callable[..., Path], tmp_path: Path) -> None:
+    code, stdout, _ = run(
+        "convert", tiny_base("llama"), "-o", tmp_path / "out", "--uniform", "1:1", "--dry-run"
+    )
+    assert code == 0 and "F S0 F*2" in stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--uniform", "3"], "write 1:N"),
+        (["--uniform", "1:0"], "write 1:N"),
+        (["--full-layers", "0,x"], "'x' in --full-layers"),
+        (["--full-layers", "0,17"], "layers 0 to 3"),
+        (["--plan", "F S0 Q F"], "'Q' in the layer map"),
+        (["--plan", "missing.json"], "no plan at missing.json"),
+        (["--uniform", "1:1", "--topk", "0"], "topk"),
+        (["--uniform", "1:1", "--gate", "mrge"], "gate"),
+        (["--uniform", "1:1", "--calibration", "/no/such/file.txt"], "/no/such/file.txt"),
+        (["--uniform", "1:1", "--calibration", "no-such/dataset"], "no-such/dataset"),
+        ([], "say which layers stay full"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tiny_base: Callable[..., Path], tmp_path: Path, options: list[str], message: str
+) -> None:
+    code, stdout, stderr = run("convert", tiny_base("llama"), "-o", tmp_path / "out", *options)
+    lines = [line for line in stderr.splitlines() if line]
+    assert code == 2 and not stdout
+    assert len(lines) == 1 and lines[0].startswith("hyconvert: ") and message in lines[0], stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval"])
+def test_a_folder_without_a_converted_model_is_refused(
+    tiny_base: Callable[..., Path], tmp_path: Path, command: str
+) -> None:
+    for path, message in ((tmp_path, "no config.json"), (tiny_base("llama"), "type 'llama'")):
+        code, _, stderr = run(command, path)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_interruption_leaves_nothing_behind(
+    tiny_base: Callable[..., Path], tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyconvert.conversion.align", interrupted)
+    options = ("--uniform", "1:1", "--calibration", str(words), "--sequence-length", "64")
+    code, _, stderr = run("convert", tiny_base("llama"), "-o", tmp_path / "out", *options)
+    assert code == 130 and "interrupted" in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_sources_read_alike(tmp_path: Path) -> None:
+    import gzip
+    import lzma
+
+    rows = "\n".join(json.dumps({"text": f"document {i}", "id": i}) for i in range(3))
+    (tmp_path / "a.jsonl").write_text(rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(rows)
+    with lzma.open(tmp_path / "c.jsonl.xz", "wt") as file:
+        file.write(rows)
+    expected = [f"document {i}" for i in range(3)]
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
+        assert list(read_texts(str(tmp_path / name))) == expected, name
+    (tmp_path / "texts").mkdir()
+    for i in range(3):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i}")
+    assert list(read_texts(str(tmp_path / "texts"))) == expected
+    assert sum(map(len, read_texts("pydoc"))) > 300_000
