@@ -392,8 +392,11 @@ def one(job: tuple[str, Case | None]) -> dict:
         else:
             bad, errors = (check_prefill if group == "prefill" else check_decode)(case)
     except Exception as error:
-        trace = traceback.format_exc().strip().splitlines()
-        bad = [f"{type(error).__name__}: {str(error)[:400]}", *trace[-12:]]
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        lines = str(error).strip().splitlines() or [""]
+        bad = [
+            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {lines[0]} .. {lines[-1]}"
+        ]
     seconds = round(time.perf_counter() - begun, 1)
     return {
         "group": group, "case": str(case or ""), "errors": errors, "failures": list(bad), "seconds": seconds,

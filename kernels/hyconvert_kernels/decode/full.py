@@ -97,13 +97,11 @@ def _join(
             lse, _ = join_lse(PART_LSE + (line * R + head) * SPLITS, SPLITS, SP)
             value = tl.load(RAW + (line * R + head) * NB + block, mask=block < blocks, other=float("-inf"))
             best = tl.maximum(best, tl.exp2(value - lse))
-        win, place = select_blocks(best, block < blocks, TOPK, 30)
+        win, rank = select_blocks(best, block < blocks, TOPK, 30)
         count = tl.sum(win.to(tl.int32))
-        tl.store(INDICES + line * TOPK + place, block, mask=win)
-        slot = tl.arange(0, KP)
-        tl.store(
-            INDICES + line * TOPK + slot, tl.full([KP], -1, tl.int32), mask=(slot >= count) & (slot < TOPK)
-        )
+        tl.store(INDICES + line * TOPK + rank, block, mask=win)
+        pad = tl.arange(0, KP)
+        tl.store(INDICES + line * TOPK + pad, tl.full([KP], -1, tl.int32), mask=(pad >= count) & (pad < TOPK))
 
 
 def oracle_decode(

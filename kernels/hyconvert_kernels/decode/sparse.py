@@ -37,7 +37,7 @@ def _join_branch(
     acc = tl.zeros([RM, DP], tl.float32)
     top = tl.full([RM], float("-inf"), tl.float32)
     total = tl.zeros([RM], tl.float32)
-    for at in tl.static_range(first, end, CHUNK):
+    for at in range(first, end, CHUNK):
         split = at + tl.arange(0, CHUNK)
         there = (split < end)[:, None] & (r < R)[None, :]
         place = split[:, None] * RM + r[None, :]
@@ -120,7 +120,7 @@ def _sparse_decode(
         column = tl.arange(0, DP)
         if MAPPED:
             mapped = tl.zeros([RP, DP], tl.float32)
-            for h in tl.static_range(R):
+            for h in range(R):
                 x = tl.sum(tl.where((rp == h)[:, None], out_s, 0.0), 0)
                 x = x.to(OUT.dtype.element_ty).to(tl.float32)
                 weight = load_rows(

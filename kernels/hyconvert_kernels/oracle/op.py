@@ -64,6 +64,7 @@ def oracle_attention_topk(
     problem = attention_problem(q, k, v, block_size=block_size, window=window, topk=topk)
     if choose("oracle_attention_topk", (q, k, v, q_offset, start), implementation, problem) == "reference":
         return reference.oracle_attention_topk(q, k, v, q_offset, start, topk=topk, **settings)
+    from ..decode import full
     from ..topk import forward as topk_forward
     from . import forward
 
@@ -73,6 +74,10 @@ def oracle_attention_topk(
     if not out.numel():
         return out, lse, indices
     blocks = -(-k.shape[2] // block_size)
+    if length == 1 and blocks <= 65536:  # one query cannot fill the GPU, so its keys are split
+        with on_device(q):
+            full.oracle_decode(q, k, v, q_offset, start, out, lse, indices, **settings)
+        return out, lse, indices
     step = min(length, max(64, SCORE_ELEMENTS // (batch * groups * blocks) // 64 * 64))
     buffer = torch.empty(batch * groups * step * blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
