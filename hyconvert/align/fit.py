@@ -148,33 +148,28 @@ class QueryMapFit:
         z = z.masked_fill(~mask, 0)
         z = z - (weights * z).sum(-1, keepdim=True)
         mass = rows.mass[..., None]
-        heads, dim = attention.num_heads, attention.head_dim
-        curvature, linear = [], []
-        for head in range(heads):
-            keys = oracle.keys[0, head // (heads // attention.num_kv_heads)].float() * attention.scaling
-            columns = mask[head].any(0).nonzero()[:, 0]
-            keys, w = keys[columns], weights[head][:, columns]
+        groups, dim = attention.num_kv_heads, attention.head_dim
+        upper = torch.triu_indices(dim, dim, device=z.device)
+        firsts, seconds = [], []
+        for group in range(groups):
+            heads = slice(group * mask.shape[0] // groups, (group + 1) * mask.shape[0] // groups)
+            columns = mask[heads][0].any(0).nonzero()[:, 0]  # all heads of a group read the same blocks
+            keys = oracle.keys[0, group, columns].float() * attention.scaling
+            w, wz = weights[heads][..., columns], (weights[heads] * z[heads])[..., columns]
             mean = w @ keys
-            outer = (keys[:, :, None] * keys[:, None, :]).flatten(1)
-            second = (w @ outer).view(-1, dim, dim) - mean[:, :, None] * mean[:, None, :]
-            first = (w * z[head][:, columns]) @ keys
-            if attention.source_uses_rope:
-                first, second = self._unrotate(first, rows.at, rope), self._unrotate(second, rows.at, rope)
-                second = self._unrotate(second.mT, rows.at, rope)
-            curvature.append(second * mass[head][..., None])
-            linear.append(first * mass[head])
-        self.curvature.append(torch.stack(curvature))
-        self.linear.append(torch.stack(linear))
+            packed = w @ (keys[:, upper[0]] * keys[:, upper[1]])  # half of each symmetric K' W K
+            second = packed.new_empty(*packed.shape[:2], dim, dim)
+            second[..., upper[0], upper[1]] = packed
+            second[..., upper[1], upper[0]] = packed
+            seconds.append(second - mean[..., :, None] * mean[..., None, :])
+            firsts.append(wz @ keys)
+        first, second = torch.cat(firsts), torch.cat(seconds)
+        if attention.source_uses_rope:
+            first, second = _unrotate(first, rows.at, rope), _unrotate(second, rows.at, rope)
+            second = _unrotate(second.mT, rows.at, rope)
+        self.curvature.append(second * mass[..., None])
+        self.linear.append(first * mass)
         self.inputs.append(rows.q)
-
-    @staticmethod
-    def _unrotate(x: Tensor, at: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """R_t' x for [n, d] vectors, or for the last axis of [n, d, d] matrices."""
-        cos, sin = (table[0, at].float() for table in rope)
-        if x.ndim == 3:
-            cos, sin = cos[:, None], sin[:, None]
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat((second, -first), -1) * sin
 
     def solve(self) -> Tensor:
         """M, [H, d, d]."""
@@ -184,6 +179,15 @@ class QueryMapFit:
             torch.cat(self.inputs, 1),
             self.settings.query_ridge,
         )
+
+
+def _unrotate(x: Tensor, at: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """R_t' x for [H, n, d] vectors, or for the last axis of [H, n, d, d] matrices."""
+    cos, sin = (table[0, at].float() for table in rope)
+    if x.ndim == 4:
+        cos, sin = cos[:, None], sin[:, None]
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((second, -first), -1) * sin
 
 
 @dataclass

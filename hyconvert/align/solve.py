@@ -48,8 +48,8 @@ def quadratic_map(
     mean_a, mean_x = curvature.mean(1), inputs.mT @ inputs
     level_a = strength * mean_a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
     level_x = strength * mean_x.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
-    chol_a = torch.linalg.cholesky(mean_a + level_a * eye)
-    chol_x = torch.linalg.cholesky(mean_x + level_x * eye)
+    inverse_a = torch.cholesky_inverse(torch.linalg.cholesky(mean_a + level_a * eye))
+    inverse_x = torch.cholesky_inverse(torch.linalg.cholesky(mean_x + level_x * eye))
     ridge_level = level_a * level_x / max(strength, 1e-12)
 
     def apply(m: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def quadratic_map(
         return (curvature @ y[..., None])[..., 0].mT @ inputs + ridge_level * m
 
     def precondition(r: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(r, chol_a).mT, chol_x).mT
+        return inverse_a @ r @ inverse_x
 
     rhs = linear.mT @ inputs
     m = precondition(rhs)

@@ -174,7 +174,12 @@ class HyConvertAttention(nn.Module):
             "scale": self.scaling,
         }
         shared["implementation"] = self.implementation
-        if self.layer_idx not in (state.oracles_wanted if state.dense else self.sources):
+        scored = self.layer_idx in (state.oracles_wanted if state.dense else self.sources)
+        if state.dense and not scored:  # whole sequences without padding or cache: any causal kernel will do
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scaling, enable_gqa=True
+            )
+        if not scored:
             out, _, _ = oracle_attention(q, k, v, state.q_offset, state.start, with_scores=False, **shared)
             return out
         out, _, indices = oracle_attention_topk(

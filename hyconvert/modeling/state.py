@@ -41,7 +41,8 @@ class ForwardState:
         start: [B, T] int64; first key slot of each query's own sequence: behind the left padding, or the first
             token of its packed document. A padding token's own slot.
         oracle: oracle states by full-layer index, filled as the layers run.
-        dense: run every layer as the base does, full attention in its own KV; used to align.
+        dense: run every layer as the base does, full attention in its own KV; used to align, for whole
+            sequences without padding or cache only.
         oracles_wanted: with `dense`, layers that compute their oracle state nevertheless.
     """
 

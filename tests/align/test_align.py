@@ -42,16 +42,25 @@ def test_the_walk_sees_what_the_base_computes(tiny_base: Callable[..., Path], fa
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_brings_the_logits_closer_to_the_base(tiny_base: Callable[..., Path], family: str) -> None:
-    base, line = tiny_base(family), "F S0*2 W"
-    model, plain = _converted(base, line), _converted(base, line)
-    align(model, _tokens(), SETTINGS)
-    reference = _converted(base, "F*4")
-    heldout = torch.randint(3, 120, (2, 128), generator=torch.Generator().manual_seed(1))
+def _attention_output(model: Any, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].self_attn.register_forward_hook(lambda _, __, out: seen.append(out[0]))
     with torch.no_grad():
-        wanted = reference(heldout).logits
-        before = (plain(heldout).logits - wanted).square().mean()
-        after = (model(heldout).logits - wanted).square().mean()
+        model(tokens)
+    handle.remove()
+    return seen[0]
+
+
+def test_alignment_brings_attention_closer_to_the_base_on_unseen_text(
+    tiny_base: Callable[..., Path], family: str
+) -> None:
+    base, line = tiny_base(family), "F S0 W F"
+    model, plain, reference = _converted(base, line), _converted(base, line), _converted(base, "F*4")
+    align(model, _tokens(16), SETTINGS)
+    heldout = torch.randint(3, 120, (2, 128), generator=torch.Generator().manual_seed(1))
+    wanted = _attention_output(reference, 1, heldout)
+    before = (_attention_output(plain, 1, heldout) - wanted).square().mean()
+    after = (_attention_output(model, 1, heldout) - wanted).square().mean()
     assert after < before
 
 
