@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument(
         "--calibration", nargs="*", default=[], help="texts to align on, beside the built-in one"
     )
+    parser.add_argument(
+        "--fit-tokens", type=int, nargs="+", default=[16_384, 65_536], help="tokens to align on"
+    )
     parser.add_argument("--length", type=int, nargs="+", default=[2048], help="tokens per sequence")
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens to measure on")
     parser.add_argument("--out", default="benchmarks/results/conversion.json")

@@ -3,8 +3,9 @@
     python -m benchmarks.kernels [--lengths 8192 32768 131072] [--json FILE]
 
 32 query and 8 KV heads of 128, blocks of 64, 16 blocks per query, window 128, bfloat16, batch 1 unless said. Medians of
-CUDA-event timings (`triton.testing.do_bench`), decode under a CUDA graph. If a check fails, nothing is timed. `floor` is
-the larger of operations over the measured rate of a large bfloat16 product and least bytes over measured copy bandwidth.
+CUDA-event timings (`triton.testing.do_bench`), decode under a CUDA graph. If a check fails, nothing is timed. `floor`
+is the larger of operations over the measured rate of a large bfloat16 product and least bytes over the measured
+bandwidth of a copy. Selections are synthetic: `independent` is the worst case, `correlated` resembles real text.
 """
 
 from __future__ import annotations
