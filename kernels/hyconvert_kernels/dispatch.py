@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 
@@ -48,9 +49,14 @@ def choose(
     return "triton"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def device_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why no Triton kernel can run on these tensors' device, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     devices = {x.device for x in tensors if x is not None and x.ndim}
     if len(devices) > 1:
