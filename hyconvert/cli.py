@@ -145,9 +145,8 @@ def convert(
     print(report.plan.line)
     if report.perplexity:
         base_ppl, ours = report.perplexity["base"], report.perplexity["converted"]
-        print(
-            f"perplexity on held-out calibration text: base {base_ppl:.2f}, converted {ours:.2f} ({ours / base_ppl:.3f}x)"
-        )
+        figures = f"base {base_ppl:.2f}, converted {ours:.2f} ({ours / base_ppl:.3f}x)"
+        print(f"perplexity on held-out calibration text: {figures}")
     print(f"saved to {out} in {report.seconds:.0f} s")
 
 
