@@ -70,12 +70,14 @@ def main() -> None:
                         "device": card,
                     }
                     rows.append(row | result.to_dict() | {"data": Path(data).name})
+                    Path(options.out).write_text(
+                        json.dumps(rows, indent=1) + "\n"
+                    )  # so far, should it be stopped
                     print(
                         f"{length} {name:28} {tokens or 0:>7,} {Path(data).name:24} base {result.base_perplexity:7.2f} "
                         f"converted {result.converted_perplexity:9.2f} x{result.ratio:.3f} ({seconds:.0f} s)",
                         flush=True,
                     )
-    Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
