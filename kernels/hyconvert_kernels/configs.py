@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import torch
-import triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ def strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 def queries_per_tile(rows: int, ratio: int) -> int:
     """Queries whose heads fill about ``rows`` rows: a power of two, at most 64 (a row bitmap's bits)."""
-    return max(1, min(64, rows // triton.next_power_of_2(ratio)))
+    return max(1, min(64, rows // (1 << (ratio - 1).bit_length())))
 
 
 def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
@@ -92,7 +91,7 @@ def decode_tile(dtype: torch.dtype, dim: int) -> Tile:
 
 def decode_splits(lines: int, steps: int, device: torch.device) -> int:
     """Splits of a row's keys: about four programs per multiprocessor, at most one per step and 128."""
-    return max(1, min(128, steps, triton.cdiv(4 * processors(device), lines)))
+    return max(1, min(128, steps, -(-4 * processors(device) // lines)))
 
 
 def sparse_decode_tile(dtype: torch.dtype, dim: int) -> Tile:
