@@ -202,5 +202,7 @@ def test_a_ring_decodes_like_the_whole_cache(length):
 
 def test_the_references_need_no_triton():
     """Where torch comes without triton (CPU builds, macOS), everything but the kernels works."""
-    script = "import sys; sys.modules['triton'] = None; import hyconvert_kernels"
+    script = (
+        "import sys; sys.path.insert(0, 'kernels'); sys.modules['triton'] = None; import hyconvert_kernels"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
