@@ -15,7 +15,7 @@ from hyconvert.errors import CheckpointError
 from hyconvert.evaluate import perplexity, pick_device
 from hyconvert.inspection import read_config
 from hyconvert.kv import base_kv_bytes, kv_bytes
-from hyconvert.loading import load
+from hyconvert.loading import load, quiet_loading
 from hyconvert.modeling.state import ForwardState, prepare_state
 from hyconvert.progress import Progress, silent
 
@@ -112,7 +112,9 @@ def compare(
         base_perplexity = perplexity(model, rows, state=dense, on_sequence=step)
     del model
     with progress("Measuring the conversion", total=len(rows)) as step:
-        converted = perplexity(load(path, device=str(where)), rows, on_sequence=step)
+        with quiet_loading():
+            ours = load(path, device=str(where))
+        converted = perplexity(ours, rows, on_sequence=step)
     return Comparison(
         data=data,
         tokens=rows.numel(),

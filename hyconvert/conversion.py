@@ -16,6 +16,7 @@ from hyconvert.checkpoint import CheckpointWriter, Source, open_source
 from hyconvert.data import BUILTIN, read_texts, token_blocks
 from hyconvert.errors import PlanError
 from hyconvert.evaluate import perplexity, pick_device
+from hyconvert.loading import quiet_loading
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.configuration import HyConvertConfig
 from hyconvert.modeling.families import base_window, family_of
@@ -225,23 +226,13 @@ def read_calibration(source: Source, calibration: Calibration) -> Tensor:
 
 def load_base_as(config: Any, source: Source, device: torch.device) -> Any:
     """A converted model with the base's weights and identity parameters, in memory once."""
-    import transformers
-
     model_class = model_class_of(config.family)
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()  # the new parameters are missing from the base, as they must be
-    transformers.logging.disable_progress_bar()
-    try:
+    with quiet_loading():  # the new parameters are missing from the base, as they must be
         if source.path.is_dir():
             model = model_class.from_pretrained(source.path, config=config, dtype=source.dtype)
         else:
             state = {name: tensor for _, name, tensor in source.iter_tensors()}
             model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=source.dtype)
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
     return model.eval().requires_grad_(False).to(device)
 
 

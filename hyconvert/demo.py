@@ -44,13 +44,13 @@ def main(model: str) -> None:
             out,
             full_layers=FULL_LAYERS,
             topk=8,
-            calibration=Calibration(tokens=16_384),
+            calibration=Calibration(tokens=12_288),
             progress=on_stderr,
         )
         console.rule("2. What the KV cache weighs")
         inspect_path(out).render(console)
         console.rule("3. What it costs, on text that no fit has seen")
-        result = compare(out, data=BUILTIN_HELDOUT, tokens=8192, sequence_length=2048, progress=on_stderr)
+        result = compare(out, data=BUILTIN_HELDOUT, tokens=4096, sequence_length=2048, progress=on_stderr)
         result.render(console)
         console.rule("4. An answer from each")
         source = open_source(model)

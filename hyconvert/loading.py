@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,20 @@ def load(path: str | Path, *, device: str | None = None, **options: Any) -> Any:
         raise CheckpointError(f"no folder {path}; give the folder that `hyconvert convert` wrote")
     model = HyConvertForCausalLM.from_pretrained(path, **options).eval()
     return model if device is None else model.to(pick_device(device))
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bars and load reports off stderr, where hyconvert's own progress stands."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -127,7 +127,7 @@ def align_layer(visit: LayerVisit, oracles: list[OracleState], settings: FitSett
         samples.append(_Sample(rows, sparse))
     if attention.value_map is not None:
         attention.value_map.copy_(values.solve())
-    if reads_source:
+    if reads_source or isinstance(getattr(attention, "gate", None), SigmoidGate):
         _set_gate(attention.gate, gate, samples)
     return _refit_output(visit, samples, settings)
 

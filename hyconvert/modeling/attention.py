@@ -151,7 +151,7 @@ class HyConvertAttention(nn.Module):
             out, lse = with_sink(out, lse, self.window_sink)
             if self.source is not None:
                 out_s, lse_s = self._blocks(q, q_rot, k, v, position_embeddings, state)
-                out = self.gate(hidden_states, out, lse, out_s, lse_s)
+                out = self.gate(hidden_states, out, lse, out_s, lse_s, implementation=self.implementation)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
     @property

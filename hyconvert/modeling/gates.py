@@ -28,19 +28,28 @@ class MergeGate(nn.Module):
         init.zeros_(self.weight)
         init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, out_w: Tensor, lse_w: Tensor, out_s: Tensor, lse_s: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        out_w: Tensor,
+        lse_w: Tensor,
+        out_s: Tensor,
+        lse_s: Tensor,
+        implementation: str | None = None,
+    ) -> Tensor:
         """Mix the branches.
 
         Args:
             x: [B, T, D] input of the attention layer.
             out_w, out_s: [B, H, T, d] branch outputs.
             lse_w, lse_s: [B, H, T] float32 log-sum-exp of each branch; -inf marks an empty branch.
+            implementation: of the kernel, as `hyconvert_kernels.merge_branches` takes it.
 
         Returns:
             [B, H, T, d].
         """
         logit = nn.functional.linear(x, self.weight, self.bias).transpose(1, 2).to(lse_w.dtype)
-        out: Tensor = merge_branches(out_w, lse_w, out_s, lse_s, logit)
+        out: Tensor = merge_branches(out_w, lse_w, out_s, lse_s, logit, implementation=implementation)
         return out
 
 
@@ -57,7 +66,15 @@ class SigmoidGate(nn.Module):
         init.zeros_(self.weight)
         init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, out_w: Tensor, lse_w: Tensor, out_s: Tensor, lse_s: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        out_w: Tensor,
+        lse_w: Tensor,
+        out_s: Tensor,
+        lse_s: Tensor,
+        implementation: str | None = None,
+    ) -> Tensor:
         """Mix the branches; arguments as in `MergeGate.forward` (the log-sum-exps are not used)."""
         gate = torch.sigmoid(nn.functional.linear(x, self.weight, self.bias)).transpose(1, 2).unsqueeze(-1)
         gate_s, gate_w = gate.chunk(2, dim=1)
