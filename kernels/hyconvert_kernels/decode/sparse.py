@@ -163,8 +163,14 @@ def sparse_decode(
     padded_ratio = triton.next_power_of_2(ratio)
     part = torch.empty(lines * count * padded_ratio * dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(lines * count * padded_ratio, dtype=torch.float32, device=q.device)
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-    counter = _counters(q.device, stream, max(1024, triton.next_power_of_2(lines)))
+    slots = max(1024, triton.next_power_of_2(lines))
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        counter = torch.zeros(
+            slots, dtype=torch.int32, device=q.device
+        )  # of the graph's own pool, zeroed at replay
+    else:
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        counter = _counters(q.device, stream, slots)
     ring = window_offset is None
     padded = triton.next_power_of_2(dim)
     _sparse_decode[(count, lines)](
