@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before huggingface_hub is imported: no test touches the network
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on the CPU here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
