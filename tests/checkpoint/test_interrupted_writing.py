@@ -149,7 +149,8 @@ def test_interrupt_during_the_final_rename_keeps_the_old_checkpoint(
 
 
 CONVERSION = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background inherits it ignored
 from hyconvert.checkpoint import CheckpointWriter
 with CheckpointWriter(sys.argv[1], max_shard_bytes=100) as writer:
     writer.write_json("config.json", {})
