@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hyconvert.evaluate import human_bytes
+from hyconvert.inspection import CONTEXTS
 from hyconvert.kv import base_kv_bytes, kv_bytes
 
 if TYPE_CHECKING:
     from hyconvert.checkpoint import Source
     from hyconvert.conversion import ConversionReport
-
-CONTEXTS = (8192, 32768, 131072)
 
 
 def model_card(report: ConversionReport, config: Any, source: Source, command: str | None) -> str:

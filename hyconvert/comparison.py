@@ -16,7 +16,6 @@ from hyconvert.evaluate import perplexity, pick_device
 from hyconvert.inspection import read_config
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from hyconvert.loading import load, quiet_loading
-from hyconvert.modeling.state import ForwardState, prepare_state
 from hyconvert.progress import Progress, silent
 
 
@@ -102,14 +101,9 @@ def compare(
         name=data,
     )
 
-    def dense() -> ForwardState:
-        state = prepare_state(1, rows.shape[1], where)
-        state.dense = True
-        return state
-
     with progress("Measuring the base", total=len(rows)) as step:
         model = load_base_as(config, source, where)
-        base_perplexity = perplexity(model, rows, state=dense, on_sequence=step)
+        base_perplexity = perplexity(model, rows, as_base=True, on_sequence=step)
     del model
     with progress("Measuring the conversion", total=len(rows)) as step:
         with quiet_loading():

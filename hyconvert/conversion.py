@@ -21,7 +21,6 @@ from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.configuration import HyConvertConfig
 from hyconvert.modeling.families import base_window, family_of
 from hyconvert.modeling.model import model_class_of
-from hyconvert.modeling.state import ForwardState, prepare_state
 from hyconvert.plan import LayerPlan, Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import Progress, silent
 
@@ -251,14 +250,9 @@ def _align(
     held = min(HELDOUT_SEQUENCES, len(tokens) - 1)
     heldout, tokens = tokens[len(tokens) - held :], tokens[: len(tokens) - held]
 
-    def dense() -> ForwardState:
-        state = prepare_state(1, tokens.shape[1], device)
-        state.dense = True
-        return state
-
     if held:
         with progress("Measuring the base", total=held) as step:
-            report.perplexity["base"] = perplexity(model, heldout, state=dense, on_sequence=step)
+            report.perplexity["base"] = perplexity(model, heldout, as_base=True, on_sequence=step)
     with progress("Aligning", total=config.num_hidden_layers) as step:
         report.fits = align(model, tokens, fit, on_layer=lambda layer, fitted: step(describe(layer, fitted)))
     if held:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hyconvert.modeling.state import ForwardState
+from hyconvert.modeling.state import prepare_state
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def perplexity(
     model: Any,
     tokens: Tensor,
     *,
-    state: Callable[[], ForwardState] | None = None,
+    as_base: bool = False,
     on_sequence: Callable[[], None] | None = None,
 ) -> float:
     """Perplexity of a causal LM, every token but each sequence's first predicted from all before it.
@@ -25,7 +25,7 @@ def perplexity(
     Args:
         model: any transformers causal LM.
         tokens: [N, T] int64.
-        state: makes the `hyconvert_state` to pass along, for a converted model that is to run as its base.
+        as_base: run a converted model that holds its base's weights as the base, every layer dense.
         on_sequence: called after each sequence.
 
     Returns:
@@ -35,7 +35,10 @@ def perplexity(
     total = 0.0
     for row in tokens:
         row = row.to(device)
-        extra = {"hyconvert_state": state()} if state else {}
+        extra = {}
+        if as_base:
+            extra["hyconvert_state"] = prepare_state(1, len(row), device)
+            extra["hyconvert_state"].dense = True
         hidden = model.model(row[None], use_cache=False, **extra).last_hidden_state[0]
         total += _nll(model, hidden, row) / len(tokens)
         if on_sequence:
@@ -70,9 +73,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean, NaN of nothing."""
-    items = list(values)
-    return sum(items) / len(items) if items else math.nan
