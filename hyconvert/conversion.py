@@ -178,6 +178,7 @@ def convert(
         HyconvertError: the input cannot be used; `out` is then as it was.
     """
     began = time.monotonic()
+    where = pick_device(device)
     source = open_source(base, revision=revision, dtype=dtype)
     family_of(source.config.model_type)
     chosen = make_plan(source.config, plan=plan, uniform=uniform, full_layers=full_layers, **settings)
@@ -196,9 +197,7 @@ def convert(
         if align_layers:
             report.calibration = calibration or Calibration()
             tokens = read_calibration(source, report.calibration)
-            changed, added = _align(
-                source, config, tokens, fit or FitSettings(), pick_device(device), report, progress
-            )
+            changed, added = _align(source, config, tokens, fit or FitSettings(), where, report, progress)
         else:
             changed, added = {}, initial_tensors(config)
         _write_weights(writer, source, changed, added, progress)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyconvert.errors import HyconvertError
 from hyconvert.modeling.state import prepare_state
 
 
@@ -60,9 +61,19 @@ def _nll(model: Any, hidden: Tensor, row: Tensor, chunk: int = 512) -> float:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one; anything else is a torch device."""
+    """`auto` is the first GPU if there is one; anything else is a torch device.
+
+    Raises:
+        HyconvertError: no such device can be used here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without that device
+        raise HyconvertError(
+            f"device '{device}' cannot be used here ({str(error).splitlines()[0]}); use auto, cpu, or cuda with a GPU"
+        ) from error
     return torch.device(device)
 
 

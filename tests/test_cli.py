@@ -104,6 +104,9 @@ def test_a_dry_run_writes_nothing(tiny_base: Callable[..., Path], tmp_path: Path
         (["--uniform", "1:1", "--gate", "mrge"], "gate"),
         (["--uniform", "1:1", "--calibration", "/no/such/file.txt"], "/no/such/file.txt"),
         (["--uniform", "1:1", "--calibration", "no-such/dataset"], "no-such/dataset"),
+        (["--uniform", "1:1", "--device", "cuda:99"], "device 'cuda:99'"),
+        (["--uniform", "1:1", "--device", "gpu"], "device 'gpu'"),
+        (["--full-layers", "3-0"], "'3-0' in --full-layers"),
         ([], "say which layers stay full"),
     ],
 )
