@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ BUILTIN_HELDOUT = "stdlib-docstrings"
 """Name of the built-in text to measure on: module, class and function docstrings of the standard library."""
 
 _FORMATS = {
-    ".jsonl": "json",
+    ".jsonl": "lines",
     ".json": "json",
     ".parquet": "parquet",
     ".txt": "text",
@@ -38,12 +39,29 @@ def read_texts(source: str | None, *, column: str = "text") -> Iterator[str]:
     Raises:
         DataError: the source does not exist, is empty, or has no such column.
     """
+    yield from map(str, read_rows(source, column))
+
+
+def read_rows(
+    source: str | None, column: str = "text", *, subset: str | None = None, split: str = "train"
+) -> Iterator[Any]:
+    """One column of a text source, row by row, as it is stored; empty values are left out.
+
+    Args:
+        source: as in `read_texts`. A Hub dataset is streamed: rows are fetched as they are asked for.
+        column: the column, such as one of text or one of chat messages. Ignored by the built-in texts.
+        subset: configuration of a Hub dataset.
+        split: of a Hub dataset.
+
+    Raises:
+        DataError: the source does not exist, is empty, or has no such column.
+    """
     if source is None or source == BUILTIN:
         yield from _pydoc_topics()
     elif source == BUILTIN_HELDOUT:
         yield from _stdlib_docstrings()
     else:
-        yield from _rows(source, column)
+        yield from _column(source, column, subset, split)
 
 
 def token_blocks(
@@ -104,28 +122,16 @@ def _stdlib_docstrings() -> Iterator[str]:
             yield text
 
 
-def _rows(source: str, column: str) -> Iterator[str]:
-    import datasets
-
+def _column(source: str, column: str, subset: str | None, split: str) -> Iterator[Any]:
     path = Path(source)
     if path.exists():
         files = _files(path)
         kind = _format(files[0])
-        options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-        rows = datasets.load_dataset(
-            kind, data_files=list(map(str, files)), split="train", streaming=True, **options
-        )
+        rows = _json_lines(files) if kind == "lines" else _load(kind, files)
     elif path.suffix or source.startswith(("/", ".", "~")):
         raise DataError(f"no file or folder {source}; give a text file, a folder, or a Hub dataset id")
     else:
-        try:
-            rows = datasets.load_dataset(source, split="train", streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(
-                f"'{source}' is no local file or folder, and not a dataset that can be reached on the Hub ({reason}); "
-                f"check the name, or leave it out to use the built-in text '{BUILTIN}'"
-            ) from error
+        rows = _load_from_hub(source, subset, split)
     count = 0
     try:
         for row in rows:
@@ -133,19 +139,71 @@ def _rows(source: str, column: str) -> Iterator[str]:
                 raise DataError(f"{source} has no column '{column}'; it has {', '.join(map(repr, row))}")
             if row[column]:
                 count += 1
-                yield str(row[column])
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        UnicodeDecodeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
+                yield row[column]
+    except DataError:
+        raise
+    except Exception as error:
+        if not _is_unreadable(error):
+            raise
         raise DataError(
             f"{source} cannot be read as text ({str(error).splitlines()[0]}); check the file"
         ) from error
     if not count:
         raise DataError(f"{source} holds no text; give a source with at least one document")
+
+
+def _json_lines(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines, one by one: no cache on disk, and no schema that every row must share."""
+    import fsspec
+
+    for path in files:
+        try:
+            opened = fsspec.open(str(path), "rt", encoding="utf-8", compression=_compression(path))
+        except ValueError as error:
+            raise DataError(f"{path} cannot be unpacked ({error}); install zstandard for .zst") from error
+        with opened as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} of {path.name} holds no JSON object")
+                yield row
+
+
+def _compression(path: Path) -> str | None:
+    return {".xz": "xz", ".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}.get(path.suffix)
+
+
+def _load(kind: str, files: list[Path]) -> Any:
+    import datasets
+
+    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    names = list(map(str, files))
+    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+
+
+def _load_from_hub(source: str, subset: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, subset, split=split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"'{source}' is no local file or folder, and not a dataset that can be reached on the Hub ({reason}); "
+            f"check the name, or leave it out to use the built-in text '{BUILTIN}'"
+        ) from error
+
+
+def _is_unreadable(error: Exception) -> bool:
+    """Whether reading failed for what the file holds, and not for a bug."""
+    import lzma
+    import zlib
+
+    known = (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
+    # By name, because neither package need be there: their files were not read then.
+    return isinstance(error, known) or type(error).__name__ in ("DatasetGenerationError", "ZstdError")
 
 
 def _files(path: Path) -> list[Path]:

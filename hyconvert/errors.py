@@ -26,3 +26,11 @@ class PlanError(HyconvertError):
 
 class DataError(HyconvertError):
     """Calibration, training or evaluation text is missing, empty or unreadable."""
+
+
+class RecipeError(HyconvertError):
+    """A recipe, or an option that stands for a line of one, is not valid or does not fit the model."""
+
+
+class HealError(HyconvertError):
+    """Healing cannot start, go on or resume."""
