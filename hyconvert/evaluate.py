@@ -41,13 +41,13 @@ def perplexity(
             extra["hyconvert_state"] = prepare_state(1, len(row), device)
             extra["hyconvert_state"].dense = True
         hidden = model.model(row[None], use_cache=False, **extra).last_hidden_state[0]
-        total += _nll(model, hidden, row) / len(tokens)
+        total += nll_of_hidden(model, hidden, row) / len(tokens)
         if on_sequence:
             on_sequence()
     return math.exp(total)
 
 
-def _nll(model: Any, hidden: Tensor, row: Tensor, chunk: int = 512) -> float:
+def nll_of_hidden(model: Any, hidden: Tensor, row: Tensor, chunk: int = 512) -> float:
     """Mean negative log-likelihood; logits of `chunk` tokens at a time, so that long sequences fit."""
     losses = [
         torch.nn.functional.cross_entropy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,36 @@ def align(
     return fits
 
 
+class RowReader:
+    """The sampled rows of one layer, which every candidate for that layer is fitted on.
+
+    Args:
+        visit: the layer's base activations.
+        settings: how many rows, and the seed of the sample.
+        keep: read each sequence's rows once and keep them, for a layer with several candidates.
+    """
+
+    def __init__(self, visit: LayerVisit, settings: FitSettings, keep: bool = False) -> None:
+        self.visit, self.window = visit, visit.attention.plan_window
+        count, length = visit.inputs.shape[:2]
+        generator = torch.Generator().manual_seed(settings.seed + visit.index)
+        self.samples = {
+            size: [sample_rows(length, self.window, size, generator) for _ in range(count)]
+            for size in (settings.map_rows, settings.rows)
+        }
+        self.kept: dict[tuple[int, int], Rows] | None = {} if keep else None
+
+    def __call__(self, sequence: int, size: int) -> Rows:
+        """Rows of one sequence: `size` is the settings' `map_rows` or `rows`."""
+        if self.kept is None:
+            return read_rows(self.visit, sequence, self.samples[size][sequence], self.window)
+        if (sequence, size) not in self.kept:
+            self.kept[sequence, size] = read_rows(
+                self.visit, sequence, self.samples[size][sequence], self.window
+            )
+        return self.kept[sequence, size]
+
+
 @dataclass
 class _Sample:
     """What the later fits of one sequence need of its rows."""
@@ -92,39 +122,39 @@ class _Sample:
 
 
 @torch.no_grad()
-def align_layer(visit: LayerVisit, oracles: list[OracleState], settings: FitSettings) -> LayerFit:
+def align_layer(
+    visit: LayerVisit, oracles: list[OracleState], settings: FitSettings, reader: RowReader | None = None
+) -> LayerFit:
     """Fit one layer's maps, gate and output projection, and set them on its attention module.
 
     Args:
         visit: the layer's base activations.
         oracles: its source's oracle state per sequence; empty for a window layer.
         settings: what to fit.
+        reader: rows already read for this layer.
     """
-    attention, window = visit.attention, visit.attention.plan_window
-    generator = torch.Generator().manual_seed(settings.seed + visit.index)
-    count, length = visit.inputs.shape[:2]
+    attention = visit.attention
+    reader = reader or RowReader(visit, settings)
+    count = len(visit.inputs)
     reads_source = attention.kind == "sparse"
     if attention.query_map is not None:
         fit = QueryMapFit(attention, settings)
         for sequence in range(count):
-            rows = read_rows(
-                visit, sequence, sample_rows(length, window, settings.map_rows, generator), window
-            )
-            fit.add(rows, oracles[sequence], visit.rope)
+            fit.add(reader(sequence, settings.map_rows), oracles[sequence], visit.rope)
         attention.query_map.copy_(fit.solve())
     query_map = attention.query_map.float() if attention.query_map is not None else None
     samples: list[_Sample] = []
     values, gate = ValueMapFit(settings), GateFit(settings)
     for sequence in range(count):
-        rows = read_rows(visit, sequence, sample_rows(length, window, settings.rows, generator), window)
+        rows = reader(sequence, settings.rows)
         sparse = None
         if attention.source is not None:
             oracle = oracles[sequence] if reads_source else _own_oracle(visit, sequence, oracles[sequence])
             sparse = read_sparse(attention, rows, oracle, query_map, visit.rope)
             values.add(rows, sparse)
             gate.add(rows, sparse)
-        rows.logits = rows.outside = torch.empty(0)  # the large part, no longer needed
-        samples.append(_Sample(rows, sparse))
+        light = replace(rows, logits=torch.empty(0), outside=torch.empty(0))  # without the large part
+        samples.append(_Sample(light, sparse))
     if attention.value_map is not None:
         attention.value_map.copy_(values.solve())
     if reads_source or isinstance(getattr(attention, "gate", None), SigmoidGate):

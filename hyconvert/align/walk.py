@@ -20,6 +20,7 @@ class LayerVisit:
     Attributes:
         index: the layer.
         attention: its attention module.
+        entering: [N, T, D] hidden states that enter the layer.
         inputs: [N, T, D] inputs of the attention, on base activations.
         outputs: [N, T, D] what the base's attention made of them, output projection included.
         rope: cos and sin tables, [1, T, d].
@@ -27,6 +28,7 @@ class LayerVisit:
 
     index: int
     attention: HyConvertAttention
+    entering: Tensor
     inputs: Tensor
     outputs: Tensor
     rope: tuple[Tensor, Tensor]
@@ -35,7 +37,7 @@ class LayerVisit:
 class LayerWalk:
     """Runs all calibration sequences through one decoder layer at a time, every layer as dense as in the base.
 
-    Hidden states of one layer boundary and the oracle states of the full layers are all that is kept.
+    Hidden states at one layer's two boundaries and the oracle states of the full layers are all that is kept.
 
     Args:
         model: a converted model whose base weights are loaded; what its sparse layers hold does not matter.
@@ -60,14 +62,15 @@ class LayerWalk:
         positions = torch.arange(length, device=device)[None]
         rope = decoder.rotary_emb(self.hidden[:1], position_ids=positions)
         for index, layer in enumerate(decoder.layers):
-            inputs, outputs = torch.empty_like(self.hidden), torch.empty_like(self.hidden)
+            inputs, outputs, leaving = (torch.empty_like(self.hidden) for _ in range(3))
             for row in range(count):
                 state = prepare_state(1, length, device)
                 state.dense, state.oracles_wanted = True, self.oracles
-                self.hidden[row] = self._run(layer, row, rope, state, inputs, outputs)
+                leaving[row] = self._run(layer, row, rope, state, inputs, outputs)
                 if index in self.oracles:
                     self.oracle_states.setdefault(index, []).append(state.oracle[index])
-            yield LayerVisit(index, layer.self_attn, inputs, outputs, rope)
+            entering, self.hidden = self.hidden, leaving
+            yield LayerVisit(index, layer.self_attn, entering, inputs, outputs, rope)
 
     def _run(
         self, layer: Any, row: int, rope: Any, state: ForwardState, inputs: Tensor, outputs: Tensor

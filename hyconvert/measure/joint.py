@@ -1,0 +1,267 @@
+"""The true damage of assembled plans: layers fitted once each, plans put together from them and measured as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyconvert.align.fit import FitSettings
+from hyconvert.align.run import RowReader
+from hyconvert.align.walk import LayerVisit, LayerWalk
+from hyconvert.checkpoint import Source, open_source
+from hyconvert.conversion import load_base_as
+from hyconvert.evaluate import pick_device
+from hyconvert.measure.candidates import (
+    dense_state,
+    everything_full,
+    fit_candidate,
+    make_candidate,
+    run_layer,
+)
+from hyconvert.measure.costs import Costs, MeasureSettings
+from hyconvert.measure.run import measuring_dtype, read_sequences
+from hyconvert.measure.yardstick import Reading, Yardstick
+from hyconvert.modeling.attention import HyConvertAttention
+from hyconvert.modeling.configuration import HyConvertConfig
+from hyconvert.modeling.state import OracleState
+from hyconvert.plan import LayerPlan, Plan
+from hyconvert.progress import Progress, silent
+from hyconvert.retrieval import Prompts
+
+
+class JointEvaluator:
+    """Measures whole plans on the prompts that the costs were measured on.
+
+    Fits depend on base activations alone, so a layer's fit is made once and serves every plan that has it. Holds the
+    base's activations at all layers on the fitted tokens.
+
+    Args:
+        source: the base.
+        settings: block size and so on, rows to fit on, positions to compare.
+        tokens: [N, T] int64 tokens to fit on.
+        prompts: what plans are measured on.
+        device: where to compute.
+        progress: told about the base's layers.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        settings: MeasureSettings,
+        tokens: Tensor,
+        prompts: Prompts,
+        device: torch.device,
+        progress: Progress = silent,
+    ) -> None:
+        self.settings, self.prompts, self.device = settings, prompts, device
+        self.fit = FitSettings(rows=settings.rows, map_rows=settings.map_rows, seed=settings.seed)
+        plan = everything_full(source.config, settings)
+        self.model: Any = load_base_as(HyConvertConfig.from_base(source.config, plan), source, device)
+        walk = LayerWalk(self.model, tokens, frozenset(plan.full_layers))
+        self.visits: dict[int, LayerVisit] = {}
+        with progress("Running the base", total=len(plan.layers)) as step:
+            for visit in walk:
+                self.visits[visit.index] = replace(visit, entering=torch.empty(0))
+                step()
+        self.oracles: dict[int, list[OracleState]] = walk.oracle_states
+        self.fitted: dict[tuple[int, str, int | None], HyConvertAttention] = {}
+        self.yardstick = Yardstick(self.model, prompts, self.hidden(None, prompts.tokens), settings)
+
+    @classmethod
+    def for_costs(
+        cls,
+        base: str | Path,
+        costs: Costs,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Progress = silent,
+    ) -> JointEvaluator:
+        """The evaluator that measures on what the costs were measured on.
+
+        Raises:
+            PlanError: the costs belong to another base.
+        """
+        where = pick_device(device)
+        source = open_source(base, dtype=measuring_dtype(dtype, where))
+        costs.check_base(source.fingerprint, str(base))
+        tokens, prompts = read_sequences(source, costs.settings)
+        return cls(source, costs.settings, tokens, prompts, where, progress)
+
+    def attention(self, layer: int, choice: LayerPlan) -> nn.Module:
+        """A layer in some kind, fitted."""
+        if choice.kind in ("full", "sliding"):
+            return self.model.model.layers[layer].self_attn  # type: ignore[no-any-return]
+        key = (layer, choice.kind, choice.source)
+        if key not in self.fitted:
+            candidate = make_candidate(self.model, layer, choice)
+            visit = self.visits[layer]
+            oracles = self.oracles[choice.source] if choice.source is not None else []
+            fit_candidate(candidate, visit, oracles, self.fit, RowReader(visit, self.fit))
+            self.fitted[key] = candidate
+        return self.fitted[key]
+
+    def read(self, plan: Plan) -> Reading:
+        """KL divergence and answers of a plan as a whole."""
+        return self.yardstick.read(self.hidden(plan, self.prompts.tokens))
+
+    def weigh(self, reading: Reading, retrieval: float = 1.0) -> float:
+        """KL plus the mean rise of the answers' NLL (where it rises), weighted, as `Cost.damage`."""
+        rises = [max(0.0, nll - self.yardstick.reference[task]) for task, nll in reading.nll.items()]
+        return reading.kl + retrieval * (sum(rises) / len(rises) if rises else 0.0)
+
+    @torch.no_grad()
+    def hidden(self, plan: Plan | None, tokens: Tensor) -> Tensor:
+        """Final hidden states [N, T, D] on tokens [N, T] under a plan; the base's if there is none."""
+        decoder, outputs = self.model.model, []
+        own = [layer.self_attn for layer in decoder.layers]
+        used = own if plan is None else [self.attention(i, c) for i, c in enumerate(plan.layers)]
+        batch = 8 if self.device.type == "cuda" else 1
+        try:
+            for layer, module in zip(decoder.layers, used, strict=True):
+                layer.self_attn = module
+            for at in range(0, len(tokens), batch):
+                rows = tokens[at : at + batch].to(self.device)
+                hidden = decoder.embed_tokens(rows)
+                positions = torch.arange(rows.shape[1], device=self.device)[None]
+                rope = decoder.rotary_emb(hidden[:1], position_ids=positions)
+                dense = dense_state(*rows.shape, self.device)
+                dense.oracles_wanted = plan.sources if plan is not None else frozenset()
+                sparse = replace(dense, dense=False)  # shares the oracle states
+                for layer in decoder.layers:
+                    whole = layer.self_attn.kind in ("full", "sliding")
+                    hidden = run_layer(layer, hidden, rope, dense if whole else sparse)
+                outputs.append(decoder.norm(hidden))
+        finally:
+            for layer, module in zip(decoder.layers, own, strict=True):
+                layer.self_attn = module
+        return torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What `refine` did.
+
+    Attributes:
+        plan: the best plan found.
+        before, after: measured damage of the plan it began with and of the best.
+        reading: of the best plan.
+        tried: plans measured.
+        moves: what was changed, in order.
+    """
+
+    plan: Plan
+    before: float
+    after: float
+    reading: Reading
+    tried: int
+    moves: tuple[str, ...]
+
+
+def refine(
+    evaluator: JointEvaluator,
+    costs: Costs,
+    plan: Plan,
+    *,
+    tries: int = 40,
+    retrieval: float = 1.0,
+    pinned: frozenset[int] = frozenset(),
+    allowed: Callable[[Plan], bool] = lambda plan: True,
+    progress: Progress = silent,
+) -> Refinement:
+    """Improve a plan by its measured damage: greedy moves, the most promising by predicted damage first.
+
+    A move gives one layer another kind or source, or makes one full layer give its place to another; the number of full
+    layers stays. The first move that lowers the measured damage is taken.
+
+    Args:
+        evaluator: measures plans.
+        costs: says which moves are promising.
+        plan: where to begin.
+        tries: plans measured at most.
+        retrieval: weight of retrieval in the damage.
+        pinned: layers that keep their kind.
+        allowed: further conditions on a plan.
+        progress: told about every plan measured.
+    """
+    best, reading = plan, evaluator.read(plan)
+    before = after = evaluator.weigh(reading, retrieval)
+    seen, moves, tried = {plan.line}, [], 0
+    with progress("Trying swaps", total=tries) as step:
+        while tried < tries:
+            for move, candidate in _moves(best, costs, retrieval, pinned):
+                if candidate.line in seen or not allowed(candidate):
+                    continue
+                seen.add(candidate.line)
+                tried += 1
+                found = evaluator.read(candidate)
+                damage = evaluator.weigh(found, retrieval)
+                step(f"{move}: {damage:.4f} against {after:.4f}")
+                if damage < after:
+                    best, reading, after = candidate, found, damage
+                    moves.append(move)
+                    break
+                if tried == tries:
+                    break
+            else:
+                break
+    return Refinement(best, before, after, reading, tried, tuple(moves))
+
+
+def _moves(plan: Plan, costs: Costs, retrieval: float, pinned: frozenset[int]) -> Iterator[tuple[str, Plan]]:
+    """Neighbours of a plan, least predicted damage first."""
+    neighbours: list[tuple[float, str, Plan]] = []
+
+    def offer(move: str, full: set[int], changed: dict[int, LayerPlan]) -> None:
+        neighbour = _assign(plan, costs, retrieval, full, changed)
+        if neighbour is not None:
+            neighbours.append((costs.predicted(neighbour, retrieval), move, neighbour))
+
+    full = set(plan.full_layers)
+    for row in costs:
+        now = plan.layers[row.layer]
+        if (
+            now.kind in ("full", "sliding")
+            or row.layer in pinned
+            or (row.kind, row.source) == (now.kind, now.source)
+        ):
+            continue
+        if row.kind != "reuse" and (row.source is None or row.source in full):
+            choice = LayerPlan(kind=row.kind, source=row.source)
+            offer(f"{row.layer}: {now} to {choice}", full, {row.layer: choice})
+    for gone in full - pinned:
+        for come in range(costs.num_layers):
+            if come not in full and come not in pinned and come not in costs.sliding:
+                offer(f"full {gone} to {come}", full - {gone} | {come}, {})
+    neighbours.sort(key=lambda item: item[0])
+    for _, move, neighbour in neighbours:
+        yield move, neighbour
+
+
+def _assign(
+    plan: Plan, costs: Costs, retrieval: float, full: set[int], changed: dict[int, LayerPlan]
+) -> Plan | None:
+    """A plan with these full layers; layers whose choice is still possible keep it, the others take their best."""
+    layers = []
+    for index, now in enumerate(plan.layers):
+        if index in changed or now.kind == "sliding":
+            layers.append(changed.get(index, now))
+        elif index in full:
+            layers.append(LayerPlan(kind="full"))
+        elif now.kind != "full" and (now.source is None or now.source in full):
+            layers.append(now)
+        else:
+            options = [
+                row for row in costs
+                if row.layer == index and row.kind != "reuse" and (row.source is None or row.source in full)
+            ]  # fmt: skip
+            if not options:
+                return None
+            row = min(options, key=lambda row: row.damage(retrieval))
+            layers.append(LayerPlan(kind=row.kind, source=row.source))
+    return plan.model_copy(update={"layers": tuple(layers)})
