@@ -104,7 +104,7 @@ class Lora(_Frozen):
     """Low-rank adapters in place of training the base's matrices; merged when the model is saved."""
 
     rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
 
 
 class Scales(_Frozen):
@@ -250,7 +250,8 @@ class Recipe(_Frozen):
             raise RecipeError(f"recipe {path} holds no settings; it needs a section 'heal'")
         if isinstance(data.get("heal"), dict):
             data["heal"] = merged(data["heal"], heal)
-        return validated(cls, data, f"recipe {path}")
+        result: Recipe = validated(cls, data, f"recipe {path}")
+        return result
 
 
 def validated(model: type[Any], data: dict[str, Any], where: str) -> Any:

@@ -1,0 +1,6 @@
+"""Healing: brief continued training of a converted model, taught by its base."""
+
+from hyconvert.heal.report import HealReport
+from hyconvert.heal.run import check, heal
+
+__all__ = ["HealReport", "check", "heal"]

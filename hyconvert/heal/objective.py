@@ -99,7 +99,8 @@ class Healing(nn.Module):
             visits.append((x, kwargs["position_embeddings"], output[0]))
 
         handles = [
-            layer.self_attn.register_forward_hook(watch, with_kwargs=True) for layer in self.teacher.model.layers
+            layer.self_attn.register_forward_hook(watch, with_kwargs=True)
+            for layer in self.teacher.model.layers
         ]
         try:
             with _inference(batch.ids.device):
@@ -107,7 +108,9 @@ class Healing(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        state = prepare_state(*batch.ids.shape, batch.ids.device, position_ids=batch.positions)
+        state = prepare_state(
+            len(batch.ids), batch.ids.shape[1], batch.ids.device, position_ids=batch.positions
+        )
         errors: list[Tensor] = []
         for layer, (x, rope, wanted) in zip(layers, visits, strict=True):
             attention = layer.self_attn
@@ -164,7 +167,11 @@ class GateShares:
     def _watch(self, index: int) -> Any:
         def before(gate: Any, args: Any, kwargs: Any) -> None:
             x, _, lse_w, _, lse_s = args[:5]
-            logits = nn.functional.linear(x, gate.weight.to(x.dtype), gate.bias.to(x.dtype)).transpose(1, 2).float()
+            logits = (
+                nn.functional.linear(x, gate.weight.to(x.dtype), gate.bias.to(x.dtype))
+                .transpose(1, 2)
+                .float()
+            )
             seen = lse_s > -torch.inf  # queries that have a block to read
             if isinstance(gate, MergeGate):
                 share = torch.sigmoid(logits + lse_s.float() - lse_w.float())

@@ -153,8 +153,9 @@ def build_streams(
             break
     if train.count < length:
         raise DataError(
-            f"{name} holds {held.count + train.count} tokens, of which {heldout} are held out to measure on, so not one "
-            f"row of {length} is left to train on; give more text, a smaller sequence_length or fewer heldout_tokens"
+            f"{name} holds {held.count + train.count} tokens, of which {heldout} are held out to measure on, so not "
+            f"one row of {length} is left to train on; give more text, a smaller sequence_length or fewer "
+            "heldout_tokens"
         )
     return train.stream(tokens), held.stream(heldout)
 
@@ -251,8 +252,8 @@ def tokenised_chat(messages: Any, tokenizer: Any, name: str) -> tuple[np.ndarray
             after = _render(messages[: turn + 1], tokenizer, name)
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
-                    f"the chat template of the model's tokenizer rewrites earlier turns, so the assistant's tokens in {name} "
-                    "cannot be told from the others; render the chats to text yourself"
+                    f"the chat template of the model's tokenizer rewrites earlier turns, so the assistant's tokens in "
+                    f"{name} cannot be told from the others; render the chats to text yourself"
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

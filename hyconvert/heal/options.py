@@ -1,0 +1,103 @@
+"""From options and recipe files to what is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hyconvert.errors import HealError, RecipeError
+from hyconvert.heal.report import HealReport
+from hyconvert.heal.run import heal
+from hyconvert.inspection import read_config
+from hyconvert.progress import Progress, silent
+from hyconvert.recipe import HealRecipe, Recipe, merged, validated
+
+DEFAULT_TOKENS = 8_000_000
+DEFAULT_LENGTH = 4096
+
+
+def heal_recipe(
+    path: str, recipe: Path | None, settings: dict[str, Any], stage: dict[str, Any]
+) -> HealRecipe:
+    """The recipe that a command line describes.
+
+    Args:
+        path: the converted checkpoint, whose context bounds the default sequence length.
+        recipe: a file whose `heal` section the options go over; None starts from one stage, `distill`.
+        settings: of the recipe; None is left out.
+        stage: of the stage `distill`.
+
+    Raises:
+        HyconvertError: something is not valid, or no text is named.
+    """
+    if any(value is not None for value in stage.values()):
+        settings = settings | {"distill": stage}
+    if recipe is not None:
+        return Recipe.load(recipe, **settings).heal
+    if settings["data"]["source"] is None:
+        raise RecipeError("say what to train on: --data FILE, FOLDER or HUB_ID, or a --recipe that does")
+    limit = getattr(read_config(path), "max_position_embeddings", None) or DEFAULT_LENGTH
+    defaults = {"tokens": DEFAULT_TOKENS, "sequence_length": min(DEFAULT_LENGTH, limit)}
+    data = merged({"distill": defaults}, settings)
+    result: HealRecipe = validated(HealRecipe, data, "options")
+    return result
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    force: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+    progress: Progress = silent,
+) -> HealReport:
+    """Convert and heal. A conversion that is there already, under `<out>-converted`, is used again.
+
+    Args:
+        recipe: both sections.
+        out: the folder to write the healed model to.
+        base: in place of the recipe's.
+        device: where.
+        force: replace an existing `out`, and convert again.
+        restart: forget what an unfinished run has done.
+        command: the command line to put into the model cards.
+        progress: told about each stage.
+
+    Raises:
+        HyconvertError: something cannot be used.
+    """
+    from hyconvert.conversion import Calibration, convert
+
+    name = base or recipe.base
+    if recipe.convert is None or name is None:
+        missing = "section 'convert'; heal a converted model with `hyconvert heal --recipe`"
+        raise HealError(
+            f"the recipe has no {missing if recipe.convert is None else 'base; name one with --base'}"
+        )
+    converted = out.with_name(f"{out.name}-converted")
+    if force or not (converted / "config.json").is_file():
+        settings = recipe.convert.model_dump(exclude={"calibration"}, exclude_none=True)
+        calibration = Calibration(**recipe.convert.calibration.model_dump())
+        convert(
+            name,
+            converted,
+            calibration=calibration,
+            device=device,
+            force=force,
+            command=command,
+            progress=progress,
+            **settings,
+        )
+    return heal(
+        converted,
+        out,
+        recipe.heal,
+        device=device,
+        force=force,
+        restart=restart,
+        command=command,
+        progress=progress,
+    )
