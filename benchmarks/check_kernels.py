@@ -1,6 +1,6 @@
 """Check every Triton kernel on a CUDA device against its float64 reference.
 
-    python -m benchmarks.check_kernels [--quick] [--json FILE]
+    python -m benchmarks.check_kernels [--quick] [--groups GROUP ..] [--json FILE]
 
 Errors are relative root-mean-square over all elements. float32 products are IEEE (TF32 is off). The reference runs in
 float64 on the same, already rounded inputs. Buffers are poisoned with NaN through PyTorch's deterministic fill, every
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from hyconvert_kernels.window import forward as window_forward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+GROUPS = ("registrations", "refusals", "prefill", "backward", "decode")
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -281,33 +283,92 @@ def check_decode(case: Case) -> tuple[Failures, dict[str, float]]:
     return bad, errors
 
 
-def check_gradients() -> Failures:
-    """Where an input requires a gradient the dispatcher must give the reference's."""
-    bad = Failures()
-    case = Case(dtype=torch.float32, length=200, dim=64)
+def gradients(case: Case, indices: torch.Tensor, implementation: str, dtype: torch.dtype) -> dict[str, tuple]:
+    """Gradients of every op at ``case``, through its output and its log-sum-exp, by name."""
     q, q2, (k, v, kw, vw), gate, offset, start = inputs(case)
-    settings = {"window": case.window, "scale": 0.125}
+    gen = torch.Generator().manual_seed(2)
+    outer = [torch.randn(q.shape, generator=gen).to("cuda", case.dtype).to(dtype) for _ in range(3)]
+    outer_lse = [torch.randn(q.shape[:3], generator=gen).cuda().to(dtype) for _ in range(3)]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, q2, k, v, kw, vw, gate)]
+    q, q2, k, v, kw, vw, gate = leaves
+    shared = {"window": case.window, "scale": case.dim**-0.5, "implementation": implementation}
+    blocked = {**shared, "block_size": case.block}
+    tensors = (offset, start)
+    ops = {
+        "oracle": (kernels.oracle_attention(q, k, v, *tensors, with_scores=False, **blocked)[:2], (q, k, v)),
+        "sparse": (kernels.block_sparse_attention(q2, k, v, indices, *tensors, **blocked), (q2, k, v)),
+        "window": (kernels.window_attention(q, kw, vw, *tensors, **shared), (q, kw, vw)),
+    }
+    found = {}
+    for at, (name, (outputs, wanted)) in enumerate(ops.items()):
+        found[name] = torch.autograd.grad(outputs, wanted, (outer[at], outer_lse[at]), retain_graph=True)
+    merged = kernels.merge_branches(*ops["window"][0], *ops["sparse"][0], gate, implementation=implementation)
+    found["layer"] = torch.autograd.grad(merged, leaves, outer[0])
+    return found
 
-    def layer(implementation: str | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        q, q2, k, v, kw, vw, gate = leaves = [x.detach().clone().requires_grad_() for x in tensors]
-        near = kernels.window_attention(q, kw, vw, offset, start, **settings, implementation=implementation)
-        _, _, indices = kernels.oracle_attention_topk(
-            q, k, v, offset, start, block_size=64, topk=2, **settings, implementation=implementation
-        )
-        far = kernels.block_sparse_attention(
-            q2, k, v, indices, offset, start, block_size=64, **settings, implementation=implementation
-        )
-        out = kernels.merge_branches(*near, *far, gate, implementation=implementation)
-        out.square().sum().backward()
-        return [x.grad for x in leaves]
 
-    tensors = (q, q2, k, v, kw, vw, gate)
-    want = layer("reference", *double(*tensors))
-    for implementation in (None, "triton"):
-        for name, a, b in zip(
-            ("q", "q2", "k", "v", "kw", "vw", "gate"), layer(implementation, *tensors), want, strict=True
-        ):
-            bad.close(f"gradient of {name}", a, b, 1e-4)
+def check_backward(case: Case) -> tuple[Failures, dict[str, float]]:
+    """Gradients of all prefill ops, and of a sparse layer made of them, of one case."""
+    bad, errors = Failures(), {}
+    q, _, (k, v, *_), _, offset, start = inputs(case)
+    blocked = {"window": case.window, "scale": case.dim**-0.5, "block_size": case.block, "topk": case.topk}
+    _, _, indices = kernels.oracle_attention_topk(q, k, v, offset, start, **blocked)
+    got, again = (gradients(case, indices, "triton", case.dtype) for _ in range(2))
+    want = gradients(case, indices, "reference", torch.float64)
+    for name, wanted in want.items():
+        bad.same(f"{name} backward", got[name], again[name])
+        worst = [
+            bad.close(f"{name} gradient {at}", a, b, TOLERANCE[case.dtype])
+            for at, (a, b) in enumerate(zip(got[name], wanted, strict=True))
+        ]
+        errors[name] = max(worst, key=lambda error: math.inf if math.isnan(error) else error)
+    return bad, errors
+
+
+def check_registrations() -> Failures:
+    """`opcheck` of the ops, `torch.compile` of a whole layer with its backward, and a CUDA graph of it."""
+    bad = Failures()
+    case = Case(dtype=torch.float32, length=150, dim=32, block=16, window=20, topk=3)
+    q, q2, (k, v, kw, vw), gate, offset, start = inputs(case)
+    settings = {"window": case.window, "scale": 0.2, "block_size": case.block}
+    leaves = [x.detach().requires_grad_() for x in (q, q2, k, v, kw, vw, gate)]
+
+    def layer(q, q2, k, v, kw, vw, gate):
+        dense, _, indices = kernels.oracle_attention_topk(q, k, v, offset, start, topk=case.topk, **settings)
+        near = kernels.window_attention(q, kw, vw, offset, start, window=case.window, scale=0.2)
+        far = kernels.block_sparse_attention(q2, k, v, indices, offset, start, **settings)
+        return dense + kernels.merge_branches(*near, *far, gate)
+
+    def step(function):
+        out = function(*leaves)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        return out.detach(), *grads  # a graph kept alive would tie the leaves to its stream
+
+    eager = step(layer)
+    bad.same("torch.compile", eager, step(torch.compile(layer, fullgraph=True, backend="aot_eager")))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(layer)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer)
+    graph.replay()
+    torch.cuda.synchronize()
+    bad.same("CUDA graph", eager, captured)
+    args = {
+        torch.ops.hyconvert.window_attention: (q, kw, vw, offset, start, case.window, 0.2),
+        torch.ops.hyconvert.oracle_attention: (q, k, v, offset, start, case.block, case.window, True, 0.2),
+        torch.ops.hyconvert.oracle_attention_topk: (q, k, v, offset, start, case.block, case.window, 3, 0.2),
+        torch.ops.hyconvert.merge_branches: (q, gate, q2, gate, gate),
+    }
+    for op, inputs_ in args.items():
+        leaf = (inputs_[0].detach().requires_grad_(), *inputs_[1:])
+        try:
+            torch.library.opcheck(op.default, leaf)
+        except Exception as error:
+            bad.append(f"opcheck {op}: {str(error).strip().splitlines()[-1][:200]}")
     return bad
 
 
@@ -366,6 +427,15 @@ def cases(quick: bool) -> list[tuple[str, Case]]:
         shapes += [{"length": length, "dim": 64, "window": 20} for length in (1, 2, 65, 127)]
         shapes += [{"length": 2051, "dim": 128, "topk": 16, "kind": "packed"}]
         found += [("prefill", Case(dtype=dtype, **shape)) for shape in shapes]
+        trained = [{"kind": kind} for kind in kinds] + [
+            {"dim": dim, "kind": "packed"} for dim in (16, 96, 256)
+        ]
+        trained += [{"heads": ratio * 2, "dim": 64} for ratio in (1, 3, 7, 16)]
+        trained += [{"dim": 64, "block": 16, "window": 20, "topk": 8, "kind": "packed"}]
+        trained += [{"dim": 64, "block": 128, "window": 100, "topk": 2, "kind": "left padded"}]
+        trained += [{"dim": 64, "block": 32, "window": 1, "length": 1}]
+        trained += [{"dim": 64, "heads": 6, "length": 2051, "topk": 8, "kind": "packed"}]
+        found += [("backward", Case(dtype=dtype, **shape)) for shape in trained]
         steps = [{"dim": dim} for dim in (16, 64, 96, 128, 256)] + [
             {"heads": ratio * 2} for ratio in (1, 3, 7, 8, 16)
         ]
@@ -388,9 +458,10 @@ def one(job: tuple[str, Case | None]) -> dict:
     errors: dict[str, float] = {}
     try:
         if case is None:
-            bad = {"gradients": check_gradients, "refusals": check_refusals}[group]()
+            bad = {"registrations": check_registrations, "refusals": check_refusals}[group]()
         else:
-            bad, errors = (check_prefill if group == "prefill" else check_decode)(case)
+            check = {"prefill": check_prefill, "backward": check_backward, "decode": check_decode}[group]
+            bad, errors = check(case)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         lines = str(error).strip().splitlines() or [""]
@@ -403,14 +474,17 @@ def one(job: tuple[str, Case | None]) -> dict:
     }  # fmt: skip
 
 
-def run(quick: bool = False, jobs: int = 8, limit: float = math.inf) -> tuple[list[dict], bool]:
-    """Check everything in ``jobs`` processes (most of the time is compiling), print a table.
+def run(
+    quick: bool = False, jobs: int = 8, limit: float = math.inf, groups: Sequence[str] = GROUPS
+) -> tuple[list[dict], bool]:
+    """Check ``groups`` in ``jobs`` processes (most of the time is compiling), print a table.
 
     Returns:
         The table's rows, and whether all is well.
     """
     begun = time.perf_counter()
-    work = [("gradients", None), ("refusals", None), *cases(quick)]
+    work = [("registrations", None), ("refusals", None), *cases(quick)]
+    work = [job for job in work if job[0] in groups]
     rows, skipped = [], 0
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = [pool.submit(one, job) for job in work]
@@ -438,6 +512,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="bfloat16 only")
+    parser.add_argument(
+        "--groups", nargs="+", choices=GROUPS, default=GROUPS, help="what to check (default all)"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="processes (default 8)")
     parser.add_argument("--limit", type=float, default=math.inf, help="start no check after so many seconds")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "check_kernels.json")
@@ -445,7 +522,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was checked", file=sys.stderr)
         return 2
-    rows, passed = run(args.quick, args.jobs, args.limit)
+    rows, passed = run(args.quick, args.jobs, args.limit, args.groups)
     record = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

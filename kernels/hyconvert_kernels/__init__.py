@@ -1,8 +1,8 @@
 """Attention kernels of HySparse layers: Triton on CUDA, plain PyTorch anywhere.
 
 Every op takes ``implementation``: None (Triton for CUDA tensors, the reference elsewhere), "triton" or "reference".
-Triton raises ValueError for what it does not support. The kernels have no backward yet: where an input requires a
-gradient (and autograd is on) the reference runs instead, on any device.
+Triton raises ValueError for what it does not support. All attention ops and the merge are differentiable on both paths;
+`sparse_decode` runs on the reference where a gradient is wanted. No gradient flows through scores and selections.
 """
 
 from .decode.op import oracle_decode, sparse_decode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 
@@ -12,15 +11,13 @@ from torch import Tensor
 
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose(
     op: str, tensors: tuple[Tensor | None, ...], implementation: str | None, problem: str | None = None
 ) -> str:
     """Return "triton" or "reference".
-
-    The Triton kernels have no backward yet. Where autograd is on and an input requires a gradient the reference runs,
-    on any device and also when ``implementation`` is "triton", so that gradients are always right.
 
     Args:
         op: name for the error message.
@@ -44,28 +41,26 @@ def choose(
         raise ValueError(
             f'{op}: no Triton kernel: {problem}; use implementation="reference" for the slow path'
         )
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return "reference"
     return "triton"
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether autograd is on and one of the inputs requires a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def device_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
     """Why no Triton kernel can run on these tensors' device, or None."""
-    if not _has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
-    devices = {x.device for x in tensors if x is not None and x.ndim}
-    if len(devices) > 1:
-        return f"the inputs lie on several devices ({', '.join(sorted(map(str, devices)))})"
-    device = next(iter(devices))
+    devices = [x.device for x in tensors if x is not None and x.ndim]
+    device = devices[0]
+    if any(other != device for other in devices):
+        return f"the inputs lie on several devices ({', '.join(sorted(set(map(str, devices))))})"
     if device.type == "cuda":
         return None
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        wrong = {x.dtype for x in tensors if x is not None} & {torch.float16, torch.bfloat16}
+        wrong = any(x is not None and x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
         return "Triton's interpreter is not exact on 16-bit floats" if wrong else None
     return f"Triton needs CUDA tensors, and these are on {device.type}"
 

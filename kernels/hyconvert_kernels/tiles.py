@@ -73,3 +73,19 @@ def finish(acc, top, total):
     out = acc / safe[:, None]
     lse = tl.where(empty, float("-inf"), (top + tl.log2(safe)) * LN2)
     return out, lse
+
+
+@triton.jit
+def grad_rows(grad, out, LSE, GRAD_LSE, at, ok, WITH_LSE: tl.constexpr):
+    """What a backward needs of each row of ``grad, out [rows, DP]``.
+
+    Returns:
+        The log2-sum-exp2, +inf for idle and empty rows so that their weights are 0, and delta = rowsum(grad out) less
+        the log-sum-exp's gradient, 0 for such rows.
+    """
+    lse = tl.load(LSE + at, mask=ok, other=float("-inf"))
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    if WITH_LSE:
+        delta -= tl.load(GRAD_LSE + at, mask=ok, other=0.0).to(tl.float32)
+    empty = lse == float("-inf")
+    return tl.where(empty, float("inf"), lse * LOG2E), tl.where(empty, 0.0, delta)

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import hyconvert_kernels as kernels
-from hyconvert_kernels.sparse.union import build_union
+from hyconvert_kernels.sparse.union import build_union, transpose_union
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK, WINDOW, DIM = 16, 9, 16
@@ -104,19 +104,11 @@ def test_the_union_lists_every_eligible_block_once():
     there = torch.arange(want.slots.shape[-1]) < want.counts[..., None]
     assert torch.equal(got.slots.cpu()[there], want.slots[there])
     assert torch.equal(got.bits.cpu()[there], want.bits[there])
-
-
-def test_where_a_gradient_is_wanted_the_reference_runs():
-    q, k, v, offset, start = inputs("packed")
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    grads = []
-    for implementation in ("triton", "reference"):
-        out, _ = kernels.window_attention(
-            *leaves, offset, start, window=WINDOW, scale=0.3, implementation=implementation
-        )
-        grads.append(torch.autograd.grad(out.square().sum(), leaves))
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    turned = kernels.tile_union(indices.to(DEVICE), offset, start, **settings, transposed=True)
+    ends, entries = transpose_union(want, slots=45, block_size=BLOCK)
+    listed = torch.arange(entries.shape[-1]) < ends[..., -1:]
+    assert torch.equal(turned.ends.cpu(), ends)
+    assert torch.equal(turned.entries.cpu()[listed], entries[listed])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Dispatch of decoding."""
+"""Dispatch of decoding, and its registration. A step that wants a gradient runs on the reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..coordinates import check_inputs
-from ..dispatch import attention_problem, choose, dense_rows, on_device
+from ..dispatch import attention_problem, choose, dense_rows, on_device, wants_gradient
+from ..oracle.op import oracle_topk
 from . import reference
 
 
@@ -33,18 +34,7 @@ def oracle_decode(
     tensors = (q, k, v, q_offset, start)
     if choose("oracle_decode", tensors, implementation, problem) == "reference" or q.shape[2] != 1:
         return reference.oracle_decode(*tensors, topk=topk, **settings)
-    from . import full
-
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    indices = torch.empty(q.shape[0], k.shape[1], 1, topk, dtype=torch.int32, device=q.device)
-    if out.numel():
-        with on_device(q):
-            full.oracle_decode(
-                dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse,
-                indices, **settings,
-            )  # fmt: skip
-    return out, lse, indices
+    return oracle_topk(*tensors, block_size, window, topk, scale)
 
 
 def sparse_decode(
@@ -76,25 +66,39 @@ def sparse_decode(
         problem = f"a ring of {k_window.shape[2]} slots does not hold a window of {window}"
     tensors = (q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate_logit)
     every = (*tensors, *maps.values())
-    if choose("sparse_decode", every, implementation, problem) == "reference" or q.shape[2] != 1:
+    chosen = choose("sparse_decode", every, implementation, problem)
+    if chosen == "reference" or q.shape[2] != 1 or wants_gradient(every):
         return reference.sparse_decode(*tensors, **settings, **maps)
+    gate = gate_logit.to(q.device).expand(q.shape[:3])
+    return _sparse_decode(*tensors[:-1], gate, *maps.values(), block_size, window, scale)
+
+
+@torch.library.custom_op("hyconvert::sparse_decode", mutates_args=())
+def _sparse_decode(
+    q: Tensor, k_window: Tensor, v_window: Tensor, q_sparse: Tensor, k: Tensor, v: Tensor, indices: Tensor,
+    q_offset: Tensor, start: Tensor, gate: Tensor, value_map: Tensor | None, window_offset: Tensor | None,
+    window_start: Tensor | None, block_size: int, window: int, scale: float,
+) -> Tensor:  # fmt: skip
     from . import sparse
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_empty(q.shape)
     if out.numel():
-        if window_offset is not None and window_start is not None:
-            maps["window_offset"], maps["window_start"] = (
-                window_offset.contiguous(),
-                window_start.contiguous(),
-            )
-        maps["value_map"] = None if value_map is None else value_map.contiguous()
+        whole = window_offset is not None and window_start is not None
         with on_device(q):
             sparse.sparse_decode(
                 *(dense_rows(x) for x in (q, k_window, v_window, q_sparse, k, v)),
-                indices.to(torch.int32).contiguous(), q_offset.contiguous(), start.contiguous(),
-                gate_logit.to(q.device).expand(q.shape[:3]), out, **settings, **maps,
+                indices.to(torch.int32).contiguous(), q_offset.contiguous(), start.contiguous(), gate, out,
+                value_map=None if value_map is None else value_map.contiguous(),
+                window_offset=window_offset.contiguous() if whole else None,
+                window_start=window_start.contiguous() if whole else None,
+                block_size=block_size, window=window, scale=scale,
             )  # fmt: skip
     return out
+
+
+@_sparse_decode.register_fake
+def _(q, *rest):
+    return q.new_empty(q.shape)
 
 
 def _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map):

@@ -1,11 +1,11 @@
-"""Triton merge of the two branches, forward and backward: one pass over the outputs."""
+"""Triton merge of the two branches: one pass over the outputs."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _share(lse_w, lse_s, gate):
+def branch_share(lse_w, lse_s, gate):
     no_s, no_w = lse_s == float("-inf"), lse_w == float("-inf")
     share = tl.sigmoid(tl.where(no_s, 0.0, lse_s) - tl.where(no_w, 0.0, lse_w) + gate)
     return tl.where(no_s, 0.0, tl.where(no_w, 1.0, share)), no_s | no_w
@@ -22,7 +22,7 @@ def _merge_forward(
     gate = tl.load(GATE + gate_at, mask=ok, other=0.0).to(tl.float32)
     lse_w = tl.load(LSE_W + row, mask=ok, other=0.0)
     lse_s = tl.load(LSE_S + row, mask=ok, other=0.0)
-    share, _ = _share(lse_w, lse_s, gate)
+    share, _ = branch_share(lse_w, lse_s, gate)
     column = tl.arange(0, DP)[None, :]
     at, mask = row[:, None] * D + column, ok[:, None] & (column < D)
     out_w = tl.load(OUT_W + at, mask=mask, other=0.0).to(tl.float32)
@@ -31,30 +31,8 @@ def _merge_forward(
     tl.store(OUT + at, out.to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _merge_backward(
-    OUT_W, LSE_W, OUT_S, LSE_S, GATE, GRAD, GRAD_W, GRAD_S, GRAD_LOGIT, rows, H, T, sgb, sgh, sgt,
-    ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    ok = row < rows
-    gate_at = (row // (H * T)) * sgb + (row // T % H) * sgh + (row % T) * sgt
-    gate = tl.load(GATE + gate_at, mask=ok, other=0.0).to(tl.float32)
-    lse_w = tl.load(LSE_W + row, mask=ok, other=0.0)
-    lse_s = tl.load(LSE_S + row, mask=ok, other=0.0)
-    share, fixed = _share(lse_w, lse_s, gate)
-    column = tl.arange(0, DP)[None, :]
-    at, mask = row[:, None] * D + column, ok[:, None] & (column < D)
-    out_w = tl.load(OUT_W + at, mask=mask, other=0.0).to(tl.float32)
-    out_s = tl.load(OUT_S + at, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(GRAD + at, mask=mask, other=0.0).to(tl.float32)
-    slope = tl.where(fixed, 0.0, share * (1.0 - share) * tl.sum(grad * (out_s - out_w), 1))
-    tl.store(GRAD_W + at, ((1.0 - share)[:, None] * grad).to(GRAD_W.dtype.element_ty), mask=mask)
-    tl.store(GRAD_S + at, (share[:, None] * grad).to(GRAD_S.dtype.element_ty), mask=mask)
-    tl.store(GRAD_LOGIT + row, slope, mask=ok)
-
-
-def _launch(kernel, out_w, lse_w, out_s, lse_s, gate, *rest):
+def launch(kernel, out_w, lse_w, out_s, lse_s, gate, *rest):
+    """Run ``kernel`` over all rows; all tensors contiguous but ``gate [B,H,T]``, which may be an expanded view."""
     batch, heads, length, dim = out_w.shape
     rows = batch * heads * length
     padded = triton.next_power_of_2(dim)
@@ -66,10 +44,5 @@ def _launch(kernel, out_w, lse_w, out_s, lse_s, gate, *rest):
 
 
 def forward(out_w, lse_w, out_s, lse_s, gate, out) -> None:
-    """Fill ``out``; all contiguous but ``gate [B,H,T]``, which may be an expanded view."""
-    _launch(_merge_forward, out_w, lse_w, out_s, lse_s, gate, out)
-
-
-def backward(out_w, lse_w, out_s, lse_s, gate, grad, grad_w, grad_s, grad_logit) -> None:
-    """Fill the outputs' gradients and ``grad_logit [B,H,T]``, the gradient of the sigmoid's argument."""
-    _launch(_merge_backward, out_w, lse_w, out_s, lse_s, gate, grad, grad_w, grad_s, grad_logit)
+    """Fill ``out``; layouts as in `launch`."""
+    launch(_merge_forward, out_w, lse_w, out_s, lse_s, gate, out)

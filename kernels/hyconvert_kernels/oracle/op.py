@@ -1,4 +1,4 @@
-"""Dispatch of oracle attention."""
+"""Dispatch of oracle attention, and its registration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
+from ..registration import attention_grads, attention_outputs
 from . import reference
 
 SCORE_ELEMENTS = 1 << 26
@@ -30,19 +31,11 @@ def oracle_attention(
     check_inputs(q, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
     problem = attention_problem(q, k, v, block_size=block_size, window=window)
-    if choose("oracle_attention", (q, k, v, q_offset, start), implementation, problem) == "reference":
-        return reference.oracle_attention(q, k, v, q_offset, start, with_scores=with_scores, **settings)
-    from . import forward
-
-    q, k, v, q_offset, start, out, lse = _prepare(q, k, v, q_offset, start)
-    scores = None
-    if with_scores:
-        blocks = -(-k.shape[2] // block_size)
-        scores = torch.empty(q.shape[0], k.shape[1], q.shape[2], blocks, dtype=torch.float32, device=q.device)
-    if out.numel():
-        with on_device(q):
-            forward.forward(q, k, v, q_offset, start, out, lse, scores, **settings)
-    return out, lse, scores
+    tensors = (q, k, v, q_offset, start)
+    if choose("oracle_attention", tensors, implementation, problem) == "reference":
+        return reference.oracle_attention(*tensors, with_scores=with_scores, **settings)
+    out, lse, scores = _oracle(*tensors, block_size, window, with_scores, scale)
+    return out, lse, scores if with_scores else None
 
 
 def oracle_attention_topk(
@@ -60,38 +53,116 @@ def oracle_attention_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.oracle_attention_topk`."""
     check_inputs(q, k, v, q_offset, start)
-    settings = {"block_size": block_size, "window": window, "scale": scale}
     problem = attention_problem(q, k, v, block_size=block_size, window=window, topk=topk)
-    if choose("oracle_attention_topk", (q, k, v, q_offset, start), implementation, problem) == "reference":
-        return reference.oracle_attention_topk(q, k, v, q_offset, start, topk=topk, **settings)
+    tensors = (q, k, v, q_offset, start)
+    if choose("oracle_attention_topk", tensors, implementation, problem) == "reference":
+        return reference.oracle_attention_topk(
+            *tensors, block_size=block_size, window=window, topk=topk, scale=scale
+        )
+    return oracle_topk(*tensors, block_size, window, topk, scale)
+
+
+@torch.library.custom_op("hyconvert::oracle_attention", mutates_args=())
+def _oracle(
+    q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor, block_size: int, window: int,
+    with_scores: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Without scores the third output is empty: an op cannot return None."""
+    from . import forward
+
+    out, lse, scores = _oracle_outputs(q, k, v, q_offset, start, block_size, window, with_scores, scale)
+    if out.numel():
+        with on_device(q):
+            forward.forward(
+                dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse,
+                scores if with_scores else None, block_size=block_size, window=window, scale=scale,
+            )  # fmt: skip
+    return out, lse, scores
+
+
+@_oracle.register_fake
+def _oracle_outputs(q, k, v, q_offset, start, block_size, window, with_scores, scale):
+    blocks = -(-k.shape[2] // block_size) if with_scores else 0
+    shape = (q.shape[0], k.shape[1], q.shape[2], blocks)
+    return *attention_outputs(q), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hyconvert::oracle_attention_topk", mutates_args=())
+def oracle_topk(
+    q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor, block_size: int, window: int, topk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`oracle_attention_topk` on checked inputs, by the kernels."""
     from ..decode import full
     from ..topk import forward as topk_forward
     from . import forward
 
-    q, k, v, q_offset, start, out, lse = _prepare(q, k, v, q_offset, start)
-    batch, length, groups = q.shape[0], q.shape[2], k.shape[1]
-    indices = torch.empty(batch, groups, length, topk, dtype=torch.int32, device=q.device)
+    out, lse, indices = _topk_outputs(q, k, v, q_offset, start, block_size, window, topk, scale)
     if not out.numel():
         return out, lse, indices
+    settings = {"block_size": block_size, "window": window, "scale": scale}
+    tensors = dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous()
+    batch, length, groups = q.shape[0], q.shape[2], k.shape[1]
     blocks = -(-k.shape[2] // block_size)
     if length == 1 and blocks <= 65536:  # one query cannot fill the GPU, so its keys are split
         with on_device(q):
-            full.oracle_decode(q, k, v, q_offset, start, out, lse, indices, **settings)
+            full.oracle_decode(*tensors, out, lse, indices, **settings)
         return out, lse, indices
     step = min(length, max(64, SCORE_ELEMENTS // (batch * groups * blocks) // 64 * 64))
     buffer = torch.empty(batch * groups * step * blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
         for first in range(0, length, step):
             end = min(length, first + step)
-            count = batch * groups * (end - first) * blocks
-            scores = buffer[:count].view(batch, groups, end - first, blocks)
-            forward.forward(q, k, v, q_offset, start, out, lse, scores, span=(first, end), **settings)
-            chunk = (first, q_offset, start, window, block_size)
-            topk_forward.forward(scores, topk, indices, chunk=chunk)
+            scores = buffer[: batch * groups * (end - first) * blocks].view(
+                batch, groups, end - first, blocks
+            )
+            forward.forward(*tensors, out, lse, scores, span=(first, end), **settings)
+            topk_forward.forward(scores, topk, indices, chunk=(first, *tensors[3:], window, block_size))
     return out, lse, indices
 
 
-def _prepare(q, k, v, q_offset, start):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse
+@oracle_topk.register_fake
+def _topk_outputs(q, k, v, q_offset, start, block_size, window, topk, scale):
+    shape = (q.shape[0], k.shape[1], q.shape[2], topk)
+    return *attention_outputs(q), q.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("hyconvert::oracle_attention_backward", mutates_args=())
+def _oracle_backward(
+    q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
+    grad_lse: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import backward
+
+    grads = attention_grads(q, k)
+    with on_device(q):
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        q_offset, start = q_offset.contiguous(), start.contiguous()
+        backward.backward(q, k, v, q_offset, start, out, lse, grad, grad_lse, *grads, scale=scale)
+    return grads
+
+
+@_oracle_backward.register_fake
+def _(q, k, *rest):
+    return attention_grads(q, k)
+
+
+def _setup_context(ctx, inputs, output):
+    out, lse, selected = output
+    ctx.scale = inputs[-1]
+    ctx.save_for_backward(*inputs[:5], out, lse)
+    ctx.mark_non_differentiable(selected)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, grad_lse, _):
+    if grad is None and grad_lse is None:
+        return (None,) * 9
+    out = ctx.saved_tensors[5]
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = _oracle_backward(*ctx.saved_tensors, grad, grad_lse, ctx.scale)
+    return (*grads, *(None,) * 6)
+
+
+for _op in (_oracle, oracle_topk):
+    _op.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,12 +1,11 @@
 """Triton forward of block-sparse attention: a merge of sorted selections builds each tile's union, a tile walks it."""
 
-import torch
 import triton
 import triton.language as tl
 
 from ..configs import Tile, sparse_tile, strides
 from ..tiles import FAR, finish, load_rows, softmax_step, store_rows
-from .union import BlockUnion, union_capacity, union_queries
+from .union import BlockUnion, union_queries
 
 
 @triton.jit
@@ -110,25 +109,16 @@ def _sparse_forward(
 
 
 def build_union(
-    indices, q_offset, start, *, slots: int, block_size: int, window: int, ratio: int
-) -> BlockUnion:
-    """`union.build_union` on the GPU."""
+    indices, q_offset, start, union: BlockUnion, *, block_size: int, window: int, ratio: int
+) -> None:
+    """Fill ``union``, as `union.build_union` does."""
     batch, groups, length, topk = indices.shape
-    queries = union_queries(ratio)
-    tiles = triton.cdiv(length, queries)
-    capacity = union_capacity(queries, topk, slots, block_size)
-    wide = torch.int64 if queries > 32 else torch.int32
-    union = BlockUnion(
-        indices.new_empty(batch, groups, tiles, capacity),
-        indices.new_empty(batch, groups, tiles, capacity, dtype=wide),
-        indices.new_empty(batch, groups, tiles),
-    )
-    padded = triton.next_power_of_2(topk)
+    queries, padded = union_queries(ratio), triton.next_power_of_2(topk)
+    tiles, capacity = union.slots.shape[2:]
     _build_union[(tiles, batch * groups)](
-        indices, q_offset, start, *union, length, topk, capacity, tiles, groups, window,
+        indices, q_offset, start, *union[:3], length, topk, capacity, tiles, groups, window,
         BLOCK=block_size, BQ=queries, KP=padded, num_warps=max(1, min(8, queries * padded // 1024)),
     )  # fmt: skip
-    return union
 
 
 def forward(
@@ -141,7 +131,7 @@ def forward(
     tile = tile or sparse_tile(q.dtype, dim, ratio, block_size)
     tiles, capacity = union.slots.shape[2:]
     _sparse_forward[(tiles, batch * groups)](
-        q, k, v, out, lse, *union, q_offset, start, *strides(q), *strides(k), *strides(v), *strides(out),
+        q, k, v, out, lse, *union[:3], q_offset, start, *strides(q), *strides(k), *strides(v), *strides(out),
         length, capacity, tiles, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RP=triton.next_power_of_2(ratio), BQ=union_queries(ratio), D=dim,
         DP=triton.next_power_of_2(dim), BN=tile.keys, BLOCK=block_size, PREC=tile.precision, STAGES=tile.stages,

@@ -25,11 +25,16 @@ class BlockUnion(NamedTuple):
             count on are undefined.
         bits: int32 or int64 ``[B,G,NT,CAP]``; bit i says that query i of the tile selected the block.
         counts: int32 ``[B,G,NT]``.
+        ends: int32 ``[B,G,ceil(S / block size)]`` or None. The transposed list, which the backward needs: of the
+            entries whose blocks begin in cell c, the first key slots c * block size and on, this is the end.
+        entries: int32 ``[B,G,NT * CAP]`` or None; tile * CAP + entry, cell by cell, and ascending within a cell.
     """
 
     slots: Tensor
     bits: Tensor
     counts: Tensor
+    ends: Tensor | None = None
+    entries: Tensor | None = None
 
 
 def union_queries(ratio: int) -> int:
@@ -84,3 +89,21 @@ def build_union(
                     union.slots[b, g, tile, at], union.bits[b, g, tile, at] = slot, bits
                 union.counts[b, g, tile] = len(members)
     return union
+
+
+def transpose_union(union: BlockUnion, *, slots: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """``ends`` and ``entries`` of a union, in plain PyTorch; the kernel's truth. Entries from the last end on are 0."""
+    batch, groups, tiles, capacity = union.slots.shape
+    cells = -(-slots // block_size)
+    ends = union.counts.new_zeros(batch, groups, cells)
+    entries = union.counts.new_zeros(batch, groups, tiles * capacity)
+    for b in range(batch):
+        for g in range(groups):
+            listed: list[list[int]] = [[] for _ in range(cells)]
+            for tile in range(tiles):
+                for at in range(int(union.counts[b, g, tile])):
+                    listed[int(union.slots[b, g, tile, at]) // block_size].append(tile * capacity + at)
+            flat = [entry for cell in listed for entry in cell]
+            entries[b, g, : len(flat)] = torch.tensor(flat, dtype=torch.int32)
+            ends[b, g] = torch.tensor([len(cell) for cell in listed]).cumsum(0)
+    return ends, entries

@@ -1,4 +1,4 @@
-"""Dispatch of block selection."""
+"""Dispatch of block selection, and its registration."""
 
 from __future__ import annotations
 
@@ -23,10 +23,20 @@ def block_topk(scores: Tensor, k: int, *, implementation: str | None = None) -> 
         return reference.block_topk(scores, k)
     if k < 1:
         raise ValueError(f"top-k must be at least 1, got {k}")
+    return _topk(scores, k)
+
+
+@torch.library.custom_op("hyconvert::block_topk", mutates_args=())
+def _topk(scores: Tensor, k: int) -> Tensor:
     from . import forward
 
-    indices = torch.empty(*scores.shape[:3], k, dtype=torch.int32, device=scores.device)
+    indices = _indices(scores, k)
     if indices.numel():
         with on_device(scores):
             forward.forward(scores.float().contiguous(), k, indices)
     return indices
+
+
+@_topk.register_fake
+def _indices(scores, k):
+    return scores.new_empty((*scores.shape[:3], k), dtype=torch.int32)

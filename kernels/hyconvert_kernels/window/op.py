@@ -1,4 +1,4 @@
-"""Dispatch of window attention."""
+"""Dispatch of window attention, and its registration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
+from ..registration import attention_grads, attention_outputs
 from . import reference
 
 
@@ -24,16 +25,67 @@ def window_attention(
     """See `reference.window_attention`."""
     check_inputs(q, k, v, q_offset, start)
     problem = attention_problem(q, k, v, window=window)
-    if choose("window_attention", (q, k, v, q_offset, start), implementation, problem) == "reference":
-        return reference.window_attention(q, k, v, q_offset, start, window=window, scale=scale)
+    tensors = (q, k, v, q_offset, start)
+    if choose("window_attention", tensors, implementation, problem) == "reference":
+        return reference.window_attention(*tensors, window=window, scale=scale)
+    return _window(*tensors, window, scale)
+
+
+@torch.library.custom_op("hyconvert::window_attention", mutates_args=())
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
     from . import forward
 
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = attention_outputs(q)
     if out.numel():
         with on_device(q):
-            forward.forward(
-                q, k, v, q_offset.contiguous(), start.contiguous(), out, lse, window=window, scale=scale
-            )
+            q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+            q_offset, start = q_offset.contiguous(), start.contiguous()
+            forward.forward(q, k, v, q_offset, start, out, lse, window=window, scale=scale)
     return out, lse
+
+
+@_window.register_fake
+def _(q, k, v, q_offset, start, window, scale):
+    return attention_outputs(q)
+
+
+@torch.library.custom_op("hyconvert::window_attention_backward", mutates_args=())
+def _window_backward(
+    q: Tensor, k: Tensor, v: Tensor, q_offset: Tensor, start: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
+    grad_lse: Tensor | None, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import backward
+
+    grads = attention_grads(q, k)
+    with on_device(q):
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        q_offset, start = q_offset.contiguous(), start.contiguous()
+        backward.backward(
+            q, k, v, q_offset, start, out, lse, grad, grad_lse, *grads, window=window, scale=scale
+        )
+    return grads
+
+
+@_window_backward.register_fake
+def _(q, k, *rest):
+    return attention_grads(q, k)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, grad_lse):
+    if grad is None and grad_lse is None:
+        return (None,) * 7
+    out = ctx.saved_tensors[5]
+    grad = torch.zeros_like(out) if grad is None else grad
+    grads = _window_backward(*ctx.saved_tensors, grad, grad_lse, ctx.window, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+_window.register_autograd(_differentiate, setup_context=_setup_context)
