@@ -15,6 +15,7 @@ from hyconvert.heal.models import parameter_groups
 from hyconvert.heal.objective import GateShares, Healing
 from hyconvert.heal.states import States
 from hyconvert.heal.tokens import Batch, TokenStream, row_order
+from hyconvert.plan import Plan
 from hyconvert.progress import Progress
 from hyconvert.recipe import HealRecipe, Stage
 
@@ -60,6 +61,7 @@ class Engine:
         accelerator: prepares, reduces, saves.
         healing: student and teacher.
         recipe: how.
+        plan: the student's, which says what belongs to which learning-rate group.
         train, held: text to train on and to measure on.
         states: where to save; None never saves.
     """
@@ -69,6 +71,7 @@ class Engine:
         accelerator: Any,
         healing: Healing,
         recipe: HealRecipe,
+        plan: Plan,
         train: TokenStream,
         held: TokenStream,
         states: States | None,
@@ -76,7 +79,6 @@ class Engine:
         self.accelerator, self.recipe, self.states = accelerator, recipe, states
         self.train, self.held = train, held
         self.student = healing.student
-        plan = self.student.config.get_plan()
         optimizer = torch.optim.AdamW(
             parameter_groups(healing, plan, recipe.lr_scale),
             lr=0.0,

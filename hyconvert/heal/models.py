@@ -61,7 +61,8 @@ def load_student(path: str, recipe: HealRecipe, device: torch.device, compute: t
         raise HealError("nothing would be trained: every group that this model has is frozen; see lr_scale")
     model.to(device)
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Newer transformers call it activation checkpointing, and warn of the old name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
 
 

@@ -149,7 +149,8 @@ def heal(
             step()
         if recipe.tracker:
             accelerator.init_trackers("hyconvert")
-        engine = Engine(accelerator, healing, recipe, train, held, States(work, accelerator))
+        plan, states = checked.config.get_plan(), States(work, accelerator)
+        engine = Engine(accelerator, healing, recipe, plan, train, held, states)
         record = engine.run(progress if main else silent)
         report = HealReport(
             str(path),
@@ -179,12 +180,14 @@ def heal(
 
 def _accelerator(recipe: HealRecipe, device: str, out: str | Path) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     where = pick_device(device)
     mixed = "bf16" if _compute_dtype(recipe, where) == torch.bfloat16 else "no"
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
+    AcceleratorState._reset_state()  # a process may heal twice, with another precision
     accelerator = Accelerator(
         cpu=where.type == "cpu",
         mixed_precision=mixed,

@@ -1,0 +1,270 @@
+"""Quality against tokens of healing, for several conversions of one base, and how fast it trains.
+
+    python -m benchmarks.healing MODEL.gguf --train train.jsonl.xz --heldout heldout.jsonl.xz --tokens 8M
+
+Every variant is converted, healed on the same tokens in the same order, and measured on held-out text beside the base.
+`base` fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the
+same loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyconvert.checkpoint import open_source
+from hyconvert.conversion import Calibration, convert, load_base_as
+from hyconvert.data import read_texts, token_blocks
+from hyconvert.evaluate import perplexity, pick_device
+from hyconvert.heal import heal
+from hyconvert.heal.engine import Engine
+from hyconvert.heal.models import dense_plan
+from hyconvert.heal.objective import Healing
+from hyconvert.heal.run import _accelerator, device_name
+from hyconvert.heal.tokens import build_streams
+from hyconvert.loading import load, quiet_loading
+from hyconvert.modeling import HyConvertConfig, family_of
+from hyconvert.plan import Plan, nearest_sources, parse_line, uniform_full_layers
+from hyconvert.progress import on_stderr, silent
+from hyconvert.recipe import HealRecipe, merged, parse_count, validated
+
+FULL_LAYERS = "F*3 S2*4 F S7*8 F S16 F S18 F S20*9"
+VARIANTS = ("plan", "unaligned", "uniform", "sigmoid", "window", "reuse", "base")
+
+
+def main() -> None:
+    """Heal the chosen variants, and save a row for each."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="base: Hub id, folder or .gguf")
+    parser.add_argument("--train", required=True, help="text to train on")
+    parser.add_argument("--heldout", required=True, help="text to measure on")
+    parser.add_argument("--only", help="of JSON lines: rows whose 'source' begins with this")
+    parser.add_argument("--plan", default=FULL_LAYERS, help="a plan.json or a layer map")
+    parser.add_argument("--variants", nargs="+", default=["plan"], choices=VARIANTS)
+    parser.add_argument("--tokens", type=parse_count, default=8_000_000)
+    parser.add_argument("--length", type=int, default=4096, help="T")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--calibration", help="text to align on  [default: the built-in text]")
+    parser.add_argument("--calibration-tokens", type=parse_count, default=65_536)
+    parser.add_argument("--eval-tokens", type=parse_count, default=65_536)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                        help="settings of the recipe, such as distill.lr=1e-3 lr_scale.rest=0.1")  # fmt: skip
+    parser.add_argument("--keep", help="folder to keep the healed models in")
+    parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--out", default="benchmarks/results/healing.json")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    texts = list(documents(options.train, options.only))
+    random.Random(options.seed).shuffle(texts)
+    held = {name: heldout_rows(options, name) for name in heldout_names(options.heldout)}
+    base = base_perplexities(options, held)
+    for variant in options.variants:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
+        row = (
+            finetune_base(options, texts)
+            if variant == "base"
+            else heal_variant(options, variant, texts, held)
+        )
+        row |= {
+            "base_perplexity": base,
+            "device": device_name(pick_device("auto")),
+            "torch": torch.__version__,
+        }
+        if torch.cuda.is_available():
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        rows.append({"variant": variant} | row)
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+        print(
+            json.dumps({k: v for k, v in rows[-1].items() if k not in ("curve", "heldout", "recipe")}),
+            flush=True,
+        )
+
+
+def documents(path: str, only: str | None) -> Iterator[str]:
+    """Texts of a source; of JSON lines those from the sources asked for."""
+    if only is None:
+        yield from read_texts(path)
+        return
+    from hyconvert.data import _json_lines
+
+    yield from (row["text"] for row in _json_lines([Path(path)]) if row["source"].startswith(only))
+
+
+def heldout_names(path: str) -> list[str | None]:
+    """First parts of the sources of JSON lines, or None for any other text."""
+    from hyconvert.data import _json_lines
+
+    if ".jsonl" not in path:
+        return [None]
+    return sorted({row["source"].split("/")[0] for row in _json_lines([Path(path)]) if "source" in row}) or [
+        None
+    ]
+
+
+def heldout_rows(options: Any, name: str | None) -> torch.Tensor:
+    """[N, T] tokens to measure on."""
+    return token_blocks(
+        documents(options.heldout, name),
+        open_source(options.model).load_tokenizer(),
+        sequences=max(1, options.eval_tokens // options.length),
+        length=options.length,
+        name=str(name),
+    )
+
+
+def measured(model: Any, held: dict[str | None, torch.Tensor], **how: Any) -> dict[str, float]:
+    """Perplexity by kind of text."""
+    return {str(name): round(perplexity(model, rows, **how), 4) for name, rows in held.items()}
+
+
+def base_perplexities(options: Any, held: dict[str | None, torch.Tensor]) -> dict[str, float]:
+    """The base's own."""
+    source = open_source(options.model)
+    config = HyConvertConfig.from_base(source.config, dense_plan(source.config))
+    return measured(load_base_as(config, source, pick_device("auto")), held, as_base=True)
+
+
+def plan_of(options: Any, variant: str) -> dict[str, Any]:
+    """What `convert` is told for a variant."""
+    text = options.plan
+    chosen = Plan.load(text) if Path(text).is_file() else Plan(layers=parse_line(text))
+    count, full = len(chosen.layers), chosen.full_layers
+    nearest = nearest_sources(count, full)
+    if variant == "uniform":  # as many full layers
+        ratio = min(range(1, count), key=lambda n: abs(len(uniform_full_layers(count, n)) - len(full)))
+        return {"uniform": ratio}
+    if variant in ("window", "reuse"):
+        letters = {"window": "W", "reuse": "R"}
+        line = " ".join(
+            "F" if layer.kind == "full" else "W" if variant == "window" or layer.source is None
+            else f"{letters[variant]}{layer.source}" for layer in nearest
+        )  # fmt: skip
+        return {"plan": Plan(layers=parse_line(line))}
+    return {"plan": chosen} | ({"gate": "sigmoid"} if variant == "sigmoid" else {})
+
+
+def recipe_of(options: Any, **changes: Any) -> HealRecipe:
+    """The recipe of all variants."""
+    data: dict[str, Any] = {
+        "data": {"source": options.train},
+        "distill": {"tokens": options.tokens, "sequence_length": options.length},
+        "seed": options.seed,
+        "save_every": 0,
+    }
+    for item in options.set:
+        key, _, value = item.partition("=")
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        data = merged(data, value)
+    recipe: HealRecipe = validated(HealRecipe, merged(data, changes), "--set")
+    return recipe
+
+
+def heal_variant(
+    options: Any, variant: str, texts: list[str], held: dict[str | None, torch.Tensor]
+) -> dict[str, Any]:
+    """Convert, measure, heal, measure."""
+    progress = silent if options.quiet else on_stderr
+    device = str(pick_device("auto"))
+    with tempfile.TemporaryDirectory() as folder:
+        converted, out = Path(folder, "converted"), Path(options.keep or folder, f"healed-{variant}")
+        began = time.monotonic()
+        report = convert(
+            options.model,
+            converted,
+            align_layers=variant != "unaligned",
+            calibration=Calibration(
+                options.calibration, options.calibration_tokens, min(2048, options.length)
+            ),
+            topk=options.topk,
+            progress=silent,
+            **plan_of(options, variant),
+        )
+        seconds = time.monotonic() - began
+        before = measured(load(converted, device=device), held)
+        print(f"{variant}: {report.plan.line}; converted in {seconds:.0f} s, perplexity {before}", flush=True)
+        healed = heal(
+            converted, out, recipe_of(options), texts=texts, device=device, force=True, progress=progress
+        )
+        after = measured(load(out, device=device), held)
+    return {
+        "plan": report.plan.line,
+        "gate": report.plan.gate,
+        "topk": report.plan.topk,
+        "window": report.plan.window,
+        "block_size": report.plan.block_size,
+        "tokens": healed.record.tokens,
+        "converted_perplexity": before,
+        "healed_perplexity": after,
+        "seconds": round(healed.record.seconds, 1),
+        "tokens_per_second": round(healed.tokens_per_second),
+        "steady_tokens_per_second": steady(healed.record.curve),
+        "warnings": healed.record.warnings,
+        "recipe": healed.recipe.model_dump(mode="json", exclude_none=True),
+        "heldout": healed.record.heldout,
+        "curve": healed.record.curve,
+    }
+
+
+def steady(curve: list[dict[str, Any]]) -> int:
+    """Median tokens per second of the second half of a run."""
+    half = sorted(row["tokens_per_second"] for row in curve[len(curve) // 2 :])
+    return round(half[len(half) // 2])
+
+
+class BaseTraining(Healing):
+    """The base itself, each row one document, so that its attention takes the fastest path there is."""
+
+    def _run(self, model: Any, batch: Any, layers: bool) -> Any:
+        hidden = model.model(batch.ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[batch.at], []
+
+
+def finetune_base(options: Any, texts: list[str]) -> dict[str, Any]:
+    """Throughput of ordinary fine-tuning in the same loop, over a tenth of the tokens (at least 1M, at most all)."""
+    tokens = min(options.tokens, max(1_000_000, options.tokens // 10))
+    recipe = recipe_of(options, distill={"tokens": tokens, "cross_entropy": 1.0}, eval_every=0)
+    source = open_source(options.model)
+    accelerator = _accelerator(recipe, "auto", "base")
+    base_class = family_of(source.config.model_type).load_class("ForCausalLM")
+    with quiet_loading():
+        if source.path.is_dir():
+            model = base_class.from_pretrained(source.path, dtype=torch.float32)
+        else:
+            state = {name: tensor.float() for _, name, tensor in source.iter_tensors()}
+            model = base_class.from_pretrained(
+                None, config=source.config, state_dict=state, dtype=torch.float32
+            )
+    train, held = build_streams(
+        texts, source.load_tokenizer(), tokens=tokens, heldout=options.length, length=options.length
+    )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    healing = BaseTraining(model.to(accelerator.device), None)
+    engine = Engine(accelerator, healing, recipe, dense_plan(source.config), train, held, None)
+    record = engine.run(silent if options.quiet else on_stderr)
+    return {
+        "tokens": record.tokens,
+        "seconds": round(record.seconds, 1),
+        "tokens_per_second": round(record.tokens / record.seconds),
+        "steady_tokens_per_second": steady(record.curve),
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "curve": record.curve,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Whatever stops healing, it goes on bit for bit as if it had not been stopped, from the last good state."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyconvert.errors import HealError
+from hyconvert.heal import heal
+from hyconvert.heal.engine import Engine
+from tests.conftest import ROOT
+from tests.test_conversion import stored
+
+KILLED = """
+import os, signal, sys, json
+from hyconvert.heal import heal
+from hyconvert.heal.engine import Engine
+from hyconvert.recipe import HealRecipe
+step = Engine._step
+def killing(self, run, number):
+    step(self, run, number)
+    if number == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+Engine._step = killing
+heal(sys.argv[1], sys.argv[2], HealRecipe.model_validate_json(sys.argv[3]), device="cpu")
+"""
+
+
+def working_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}.healing")
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    chosen, out = recipe(), tmp_path / "killed"
+    arguments = [str(converted), str(out), chosen.model_dump_json(), "5"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not out.exists() and (working_folder(out) / "state-0000004").is_dir()
+    resumed = heal(converted, out, chosen, device="cpu")
+    straight = heal(converted, tmp_path / "straight", chosen, device="cpu")
+    assert stored(out) == stored(tmp_path / "straight")
+    assert resumed.record.heldout == straight.record.heldout
+    losses = [[row["loss"] for row in report.record.curve] for report in (resumed, straight)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora": {"rank": 2}}, {"precision": "bf16", "lr_scale": {"rest": 0}}], ids=str
+)
+def test_every_way_to_train_resumes_exactly(
+    converted: Path,
+    recipe: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    chosen, step = recipe(**options, save_every=3), Engine._step
+
+    def interrupted(self: Engine, run: Any, number: int) -> None:
+        if number == 7:
+            raise KeyboardInterrupt
+        step(self, run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            heal(converted, tmp_path / "stopped", chosen, device="cpu")
+    torch.manual_seed(99)
+    heal(converted, tmp_path / "stopped", chosen, device="cpu")
+    heal(converted, tmp_path / "straight", chosen, device="cpu")
+    assert stored(tmp_path / "stopped") == stored(tmp_path / "straight")
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, out, step = recipe(log_every=0), tmp_path / "out", Engine._step
+
+    def spoilt(self: Engine, run: Any, number: int) -> None:
+        if number == 7:  # the last step before a state is saved: its loss is finite, its gradient is not
+            hook = self.parameters[0].register_hook(lambda grad: grad * torch.nan)
+            step(self, run, number)
+            hook.remove()
+        else:
+            step(self, run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", spoilt)
+        with pytest.raises(
+            HealError, match=r"no longer finite at step 8; state-0000004 in .* is kept.* --lr"
+        ):
+            heal(converted, out, chosen, device="cpu")
+    assert not out.exists()
+    assert [p.name for p in working_folder(out).glob("state-*")] == ["state-0000004"]
+    heal(converted, out, chosen, device="cpu")
+    heal(converted, tmp_path / "straight", chosen, device="cpu")
+    assert stored(out) == stored(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+], ids=["numbered", "torch's"])  # fmt: skip
+def test_a_full_disk_keeps_the_last_good_state(
+    converted: Path,
+    recipe: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    import accelerate
+
+    chosen, out, save, calls = recipe(), tmp_path / "out", accelerate.Accelerator.save_state, []
+
+    def full(self: Any, folder: str, **options: Any) -> None:
+        calls.append(folder)
+        save(self, folder, **options)
+        if len(calls) == 2:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "save_state", full)
+        with pytest.raises(HealError, match=r"disk is full.*step 8.*state-0000004 is kept"):
+            heal(converted, out, chosen, device="cpu")
+    assert sorted(p.name for p in working_folder(out).iterdir()) == [
+        "heldout",
+        "run.json",
+        "state-0000004",
+        "train",
+    ]
+    heal(converted, out, chosen, device="cpu")
+    assert out.is_dir()
+
+
+def test_another_command_does_not_go_on_with_an_unfinished_run(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            heal(converted, out, recipe(), device="cpu")
+    with pytest.raises(HealError, match=r"another seed; .*--restart"):
+        heal(converted, out, recipe(seed=1), device="cpu")
+    heal(converted, out, recipe(seed=1), device="cpu", restart=True)
+    assert out.is_dir() and not working_folder(out).exists()
