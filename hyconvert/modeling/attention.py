@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from hyconvert_kernels import (
     block_sparse_attention,
     oracle_attention,
     oracle_attention_topk,
+    sparse_decode,
+    tile_union,
     window_attention,
 )
 
@@ -144,14 +147,16 @@ class HyConvertAttention(nn.Module):
         else:
             # A window cache ends with the newest token; a cache with room left begins with slot 0.
             first_slot = (state.q_offset + q.shape[2] - k.shape[2]).clamp(min=0)
-            out, lse = window_attention(
-                q_rot, k, v, state.q_offset - first_slot, (state.start - first_slot[:, None]).clamp(min=0),
-                window=self.window, scale=self.scaling, implementation=self.implementation,
-            )  # fmt: skip
-            out, lse = with_sink(out, lse, self.window_sink)
-            if self.source is not None:
-                out_s, lse_s = self._blocks(q, q_rot, k, v, position_embeddings, state)
-                out = self.gate(hidden_states, out, lse, out_s, lse_s, implementation=self.implementation)
+            near = q_rot, k, v, state.q_offset - first_slot, (state.start - first_slot[:, None]).clamp(min=0)
+            if self.source is None:
+                out, _ = self._window(*near)
+            else:
+                query, oracle = self._read_source(q, near, position_embeddings, state)
+                if self._fits_one_launch(q):
+                    out = self._decode(hidden_states, near, query, oracle, state)
+                else:
+                    branches = *self._window(*near), *self._blocks(query, oracle, state)
+                    out = self.gate(hidden_states, *branches, implementation=self.implementation)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
     @property
@@ -185,25 +190,69 @@ class HyConvertAttention(nn.Module):
         out, _, indices = oracle_attention_topk(
             q, k, v, state.q_offset, state.start, topk=self.topk, **shared
         )
-        state.oracle[self.layer_idx] = OracleState(k, v, indices)
+        union = None
+        if q.shape[2] > 1 or torch.is_grad_enabled():  # a decoding step reads its few blocks without one
+            union = tile_union(
+                indices, state.q_offset, state.start, slots=k.shape[2], block_size=self.block_size,
+                window=self.plan_window, ratio=self.num_heads // self.num_kv_heads,
+                transposed=torch.is_grad_enabled() and q.requires_grad, implementation=self.implementation,
+            )  # fmt: skip
+        state.oracle[self.layer_idx] = OracleState(k, v, indices, union)
         return out
 
-    def _blocks(
-        self, q: Tensor, q_rot: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, state: ForwardState
+    def _window(
+        self, q: Tensor, k: Tensor, v: Tensor, offset: Tensor, start: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The sparse branch, [B, H, T, d], and its log-sum-exp, [B, H, T]."""
+        """The window branch, [B, H, T, d], and its log-sum-exp, [B, H, T]."""
+        out, lse = window_attention(
+            q, k, v, offset, start, window=self.window, scale=self.scaling, implementation=self.implementation
+        )
+        return with_sink(out, lse, self.window_sink)
+
+    def _read_source(
+        self, q: Tensor, near: tuple[Tensor, ...], position_embeddings: Any, state: ForwardState
+    ) -> tuple[Tensor, OracleState]:
+        """The sparse branch's query, and the keys, values and blocks it reads."""
         assert self.source is not None
+        q_rot, k, v = near[:3]
         oracle = state.oracle[self.source].to(q.device)
-        if self.kind == "sparse":
-            k, v, q_rot = oracle.keys, oracle.values, self.sparse_query(q, q_rot, position_embeddings)
+        if self.kind == "reuse":
+            return q_rot, replace(oracle, keys=k, values=v)
+        return self.sparse_query(q, q_rot, position_embeddings), oracle
+
+    def _blocks(self, query: Tensor, oracle: OracleState, state: ForwardState) -> tuple[Tensor, Tensor]:
+        """The sparse branch, [B, H, T, d], and its log-sum-exp, [B, H, T]."""
         out, lse = block_sparse_attention(
-            q_rot, k, v, oracle.indices, state.q_offset, state.start,
-            block_size=self.block_size, window=self.window, scale=self.scaling, implementation=self.implementation,
+            query, oracle.keys, oracle.values, oracle.indices, state.q_offset, state.start,
+            block_size=self.block_size, window=self.window, scale=self.scaling, union=oracle.union,
+            implementation=self.implementation,
         )  # fmt: skip
         out, lse = with_sink(out, lse, self.sparse_sink)
         if self.value_map is not None:
             out = torch.einsum("bhtd,hed->bhte", out, self.value_map)
         return out, lse
+
+    def _fits_one_launch(self, q: Tensor) -> bool:
+        """Whether `sparse_decode` does all that this layer wants: one token, the merge gate, no sinks, no gradient."""
+        plain = isinstance(self.gate, MergeGate) and self.window_sink is None and self.sparse_sink is None
+        return plain and q.shape[2] == 1 and not torch.is_grad_enabled()
+
+    def _decode(
+        self,
+        hidden_states: Tensor,
+        near: tuple[Tensor, ...],
+        query: Tensor,
+        oracle: OracleState,
+        state: ForwardState,
+    ) -> Tensor:
+        """Both branches, value map and gate for one token per row, [B, H, 1, d]."""
+        assert isinstance(self.gate, MergeGate)
+        q_rot, k, v, offset, start = near
+        return sparse_decode(
+            q_rot, k, v, query, oracle.keys, oracle.values, oracle.indices, state.q_offset, state.start,
+            self.gate.logit(hidden_states), block_size=self.block_size, window=self.window, scale=self.scaling,
+            value_map=self.value_map, window_offset=offset, window_start=start, implementation=self.implementation,
+        )  # fmt: skip
 
     def sparse_query(self, q: Tensor, q_rot: Tensor, position_embeddings: Any) -> Tensor:
         """The query that reads the source's keys: mapped before RoPE, and rotated as the source's keys are."""

@@ -48,9 +48,13 @@ class MergeGate(nn.Module):
         Returns:
             [B, H, T, d].
         """
-        logit = nn.functional.linear(x, self.weight, self.bias).transpose(1, 2).to(lse_w.dtype)
+        logit = self.logit(x).to(lse_w.dtype)
         out: Tensor = merge_branches(out_w, lse_w, out_s, lse_s, logit, implementation=implementation)
         return out
+
+    def logit(self, x: Tensor) -> Tensor:
+        """b_h + u_h.x, [B, H, T], from x [B, T, D]."""
+        return nn.functional.linear(x, self.weight, self.bias).transpose(1, 2)
 
 
 class SigmoidGate(nn.Module):

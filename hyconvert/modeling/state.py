@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hyconvert_kernels import BlockUnion
+
 
 @dataclass
 class OracleState:
@@ -19,17 +21,20 @@ class OracleState:
         values: [B, G, S, d].
         indices: [B, G, T, k] int32 selected blocks per query token and KV head, ascending, -1 padded, numbered
             from the first token of the query's own sequence.
+        union: what the Triton kernels made of the indices once for all readers, or None.
     """
 
     keys: Tensor
     values: Tensor
     indices: Tensor
+    union: BlockUnion | None = None
 
     def to(self, device: torch.device) -> OracleState:
         """The same state on another device (layers of one model may lie on several)."""
         if self.keys.device == device:
             return self
-        return OracleState(self.keys.to(device), self.values.to(device), self.indices.to(device))
+        union = self.union and BlockUnion(*(None if x is None else x.to(device) for x in self.union))
+        return OracleState(self.keys.to(device), self.values.to(device), self.indices.to(device), union)
 
 
 @dataclass

@@ -9,10 +9,12 @@ from .decode.op import oracle_decode, sparse_decode
 from .merge.op import merge_branches
 from .oracle.op import oracle_attention, oracle_attention_topk
 from .sparse.op import block_sparse_attention, tile_union
+from .sparse.union import BlockUnion
 from .topk.op import block_topk
 from .window.op import window_attention
 
 __all__ = [
+    "BlockUnion",
     "block_sparse_attention",
     "block_topk",
     "merge_branches",

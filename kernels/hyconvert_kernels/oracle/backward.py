@@ -71,7 +71,7 @@ def _causal_grad_q(
     v_base = V + row64 * svb + group64 * svg
     scale_log2 = scale * 1.4426950408889634
     acc = tl.zeros([BM, DP], tl.float32)
-    for i in tl.range(0, masked, num_stages=1):
+    for i in tl.range(0, masked, num_stages=STAGES):
         n = low + tl.where(i < begin, i, i + free) * BN
         acc = _q_step(
             q, grad, lse2, delta, acc, k_base, v_base, sks, svs, n, high, slots, first, scale_log2, BN, D, DP, True,
@@ -91,7 +91,7 @@ def _kv_step(
     scale_log2,
     BM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Add the queries ``t0 .. t0 + BM`` of one head to dK and dV; products are transposed, keys are the rows."""
+    """Add the queries ``t0 .. t0 + BM`` of one head to dK and dV."""
     t = t0 + tl.arange(0, BM)
     q = load_keys(q_base, sqt, t0, end, BM, D, DP, MASK)
     grad = load_keys(g_base, sgt, t0, end, BM, D, DP, MASK)
@@ -101,16 +101,16 @@ def _kv_step(
     else:
         lse2 = tl.load(lse2_base + t)
         delta = tl.load(delta_base + t)
-    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PREC) * scale_log2 - lse2[None, :])
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2 - lse2[:, None])
     if MASK:
         slots = offset + t
         first = tl.load(start_base + t, mask=t < end, other=FAR).to(tl.int32)
         first = tl.maximum(first, slots - window + 1)
-        seen = (keys[:, None] <= slots[None, :]) & (keys[:, None] >= first[None, :])
+        seen = (keys[None, :] <= slots[:, None]) & (keys[None, :] >= first[:, None])
         weights = tl.where(seen, weights, 0.0)
-    acc_v = tl.dot(weights.to(grad.dtype), grad, acc_v, input_precision=PREC)
-    slope = weights * (tl.dot(v, tl.trans(grad), input_precision=PREC) - delta[None, :])
-    acc_k = tl.dot(slope.to(q.dtype), q, acc_k, input_precision=PREC)
+    acc_v = tl.dot(tl.trans(weights.to(grad.dtype)), grad, acc_v, input_precision=PREC)
+    slope = weights * (tl.dot(grad, tl.trans(v), input_precision=PREC) - delta[:, None])
+    acc_k = tl.dot(tl.trans(slope.to(q.dtype)), q, acc_k, input_precision=PREC)
     return acc_k, acc_v
 
 
@@ -155,7 +155,7 @@ def _causal_grad_kv(
     q_base = Q + row64 * sqb + group64 * R * sqh
     g_base = GRAD + row64 * sgb + group64 * R * sgh
     at = (row64 * G + group64) * R * T
-    for i in tl.range(0, R * masked, num_stages=1):
+    for i in tl.range(0, R * masked, num_stages=STAGES):
         r, j = (i // masked).to(tl.int64), i % masked
         t0 = begin + tl.where(j < before, j, j + free) * BM
         acc_k, acc_v = _kv_step(

@@ -60,13 +60,17 @@ def tile_union(
     window: int,
     ratio: int,
     transposed: bool = False,
-) -> BlockUnion:
+    implementation: str | None = "triton",
+) -> BlockUnion | None:
     """Union of the selected blocks per tile of queries, by a Triton kernel.
 
     Args:
         indices, q_offset, start, slots, block_size, window, ratio: as in `union.build_union`.
         transposed: list the tiles of every block too, as the backward wants them; without it each backward does.
+        implementation: as for the other ops; None is returned where the reference runs, which needs no union.
     """
+    if choose("tile_union", (indices, q_offset, start), implementation) == "reference":
+        return None
     if not indices.shape[3]:
         indices = torch.nn.functional.pad(indices, (0, 1), value=-1)
     union = BlockUnion(*_union(indices, q_offset, start, slots, block_size, window, ratio))
