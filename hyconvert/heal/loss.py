@@ -91,12 +91,11 @@ class _Distillation(torch.autograd.Function):
             for at in range(0, len(hidden), chunk):
                 piece = slice(at, at + chunk)
                 h = hidden[piece].to(dtype)
-                logits = (h @ head.T).to(wide)
-                theirs = None
+                logits, theirs = h @ head.T, None
                 if target is not None and target_weight is not None:
-                    theirs = (target[piece].to(target_weight.dtype) @ target_weight.T).to(wide)
+                    theirs = target[piece].to(target_weight.dtype) @ target_weight.T
                     if measure_teacher:
-                        sums[3] += _nll(theirs.log_softmax(-1), labels[piece])
+                        sums[3] += _nll(_log_softmax(theirs, 1, wide), labels[piece])
                 grad = _chunk_loss(logits, theirs, labels[piece], temperature, cross_entropy, sums)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
@@ -117,26 +116,31 @@ class _Distillation(torch.autograd.Function):
 def _chunk_loss(
     logits: Tensor, theirs: Tensor | None, labels: Tensor, temperature: float, weight: float, sums: Tensor
 ) -> Tensor:
-    """Add one chunk to the sums; returns d loss / d logits. Overwrites both models' logits where it can."""
-    plain = logits.log_softmax(-1)
+    """Add one chunk to the sums; returns d loss / d logits. Each pass over [n, V] costs, so buffers are reused."""
+    plain = _log_softmax(logits, 1, sums.dtype)
     nll = _nll(plain, labels)
     sums[2] += nll
     sums[0] += weight * nll
-    ours = plain if temperature == 1 else (logits / temperature).log_softmax(-1)
-    del logits
+    ours = plain if temperature == 1 else _log_softmax(logits, temperature, sums.dtype)
     if theirs is None:
         grad = torch.zeros_like(ours)
     else:
-        wanted = theirs.div_(temperature).log_softmax(-1)
+        wanted = _log_softmax(theirs, temperature, sums.dtype)
         chance = wanted.exp()
         kl = torch.linalg.vecdot(chance, wanted.sub_(ours)).sum()
         sums[1] += kl
         sums[0] += temperature**2 * kl
-        grad = ours.exp().sub_(chance).mul_(temperature)
+        grad = torch.exp(ours, out=wanted).sub_(chance)
+        if temperature != 1:
+            grad.mul_(temperature)
     if weight:
-        grad.add_(plain.exp(), alpha=weight)
+        grad.add_(plain.exp_(), alpha=weight)
         grad[torch.arange(len(labels), device=labels.device), labels] -= weight
     return grad
+
+
+def _log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    return (logits if temperature == 1 else logits.to(dtype) / temperature).log_softmax(-1, dtype=dtype)
 
 
 def _nll(log_chances: Tensor, labels: Tensor) -> Tensor:
