@@ -97,7 +97,7 @@ def causal_grad_kv_tile(dtype: torch.dtype, dim: int) -> Tile:
         return Tile(32, 32, 4, 1)
     if dim > 128:
         return Tile(32, 64, 8, 1)
-    return Tile(128, 128, 8, 2) if dim <= 64 else Tile(64, 64, 4, 2)
+    return Tile(64, 64, 4, 3) if dim <= 64 else Tile(128, 64, 8, 2)
 
 
 def window_grad_q_tile(dtype: torch.dtype, dim: int) -> Tile:
@@ -129,7 +129,9 @@ def sparse_grad_kv_tile(dtype: torch.dtype, dim: int, block_size: int) -> Tile:
         return Tile(16 if dim > 128 else 32, block_size, 4, 1)
     if dim > 128:
         return Tile(32, block_size, 8, 1)
-    return Tile(64, block_size, 8 if block_size > 64 else 4, 2 if block_size > 64 else 3)
+    if block_size > 64:
+        return Tile(64, block_size, 8, 2)
+    return Tile(64, block_size, 4, 2) if dim <= 64 else Tile(128, block_size, 8, 2)
 
 
 def decode_tile(dtype: torch.dtype, dim: int) -> Tile:
