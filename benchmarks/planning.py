@@ -10,6 +10,7 @@ tokens and measured on the same held-out text and prompts. Rows go to `benchmark
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -21,10 +22,11 @@ import torch
 
 from hyconvert.checkpoint import open_source
 from hyconvert.data import read_texts, token_blocks
+from hyconvert.errors import PlanError
 from hyconvert.evaluate import nll_of_hidden, pick_device
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
 from hyconvert.plan import LayerPlan, Plan, nearest_sources
-from hyconvert.retrieval import by_task, make_prompts, score_answers
+from hyconvert.retrieval import by_task, make_prompts, mix_in, score_answers
 from hyconvert.solve import Budget, Rules, solve
 
 SPARSE_ONLY = frozenset({"sparse"})
@@ -97,27 +99,25 @@ def windows_only(evaluator: JointEvaluator, full: tuple[int, ...]) -> Plan:
 class Held:
     """Held-out text and prompts, and what a plan does on them."""
 
-    def __init__(
-        self, evaluator: JointEvaluator, tokenizer: Any, data: list[str], tokens: int, length: int
-    ) -> None:
-        self.evaluator, self.rows = evaluator, {}
+    def __init__(self, tokenizer: Any, data: list[str], tokens: int, length: int) -> None:
+        self.rows = {}
         for path in data:
             self.rows[Path(path).stem] = token_blocks(
                 read_texts(path), tokenizer, sequences=tokens // length, length=length, name=path
             )
         text = token_blocks(
-            read_texts(data[0]), tokenizer, sequences=tokens // length + 24, length=length, name=data[0]
-        )[-24:]
-        self.prompts = make_prompts(text, tokenizer, questions=8, decoys=8, seed=1)
+            read_texts(data[0]), tokenizer, sequences=tokens // length + 25, length=length, name=data[0]
+        )[-25:]
+        self.prompts = make_prompts(text, tokenizer, questions=8, decoys=8, copies=4, seed=1)
 
-    def __call__(self, plan: Plan | None) -> dict[str, float]:
+    def __call__(self, evaluator: JointEvaluator, plan: Plan | None) -> dict[str, float]:
         """Perplexities, and NLL and share of exact answers per task."""
-        model, result = self.evaluator.model, {}
+        model, result = evaluator.model, {}
         for name, rows in self.rows.items():
-            hidden = self.evaluator.hidden(plan, rows)
+            hidden = evaluator.hidden(plan, rows)
             losses = [nll_of_hidden(model, h, row.to(h.device)) for h, row in zip(hidden, rows, strict=True)]
             result[f"ppl {name}"] = math.exp(sum(losses) / len(losses))
-        hidden = self.evaluator.hidden(plan, self.prompts.tokens)
+        hidden = evaluator.hidden(plan, self.prompts.tokens)
         scores = score_answers(self.prompts, lambda row: hidden[row], model.lm_head)
         for task, score in by_task(self.prompts, scores).items():
             result[f"{task} nll"], result[f"{task} exact"] = score.nll, score.exact
@@ -137,8 +137,14 @@ def main() -> None:
     parser.add_argument("--full", type=int, nargs="+", default=[5, 7, 10])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--fit-tokens", type=int, default=65_536, help="tokens to align the plans on")
+    parser.add_argument(
+        "--fit-tokens", type=int, nargs="+", default=[65_536], help="tokens to align the plans on"
+    )
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens to measure on, per text")
+    parser.add_argument(
+        "--retrieval", type=float, nargs="+", default=[0.5], help="share of prompts in what is aligned on"
+    )
+    parser.add_argument("--only", nargs="+", help="names of the contenders to run")
     parser.add_argument("--refine", type=int, default=0, help="swaps tried per measured plan")
     parser.add_argument("--out", default="benchmarks/results/planning.json")
     options = parser.parse_args()
@@ -157,43 +163,56 @@ def main() -> None:
     source = open_source(options.model, dtype="bfloat16" if device.type == "cuda" else "auto")
     tokenizer, config = source.load_tokenizer(), source.config
     began = time.monotonic()
-    refined: dict[str, Plan] = {}
+    refined: dict[int, Plan] = {}
     if options.refine:
         joint = JointEvaluator.for_costs(options.model, costs)
         for full in options.full:
             found = refine(
                 joint, costs, solve(costs, config, Budget(full_layers=full)).plan, tries=options.refine
             )
-            refined[f"{full}"] = found.plan
+            refined[full] = found.plan
             print(f"{full}: {found.before:.4f} to {found.after:.4f}: {found.moves}", flush=True)
         print(f"refined in {time.monotonic() - began:.1f} s", flush=True)
         del joint
-    fit = token_blocks(
-        read_texts(options.calibration), tokenizer, sequences=options.fit_tokens // options.length,
-        length=options.length, name="calibration",
-    )  # fmt: skip
-    began = time.monotonic()
-    prompts = make_prompts(fit[:2], tokenizer)
-    evaluator = JointEvaluator(source, settings, fit, prompts, device)
-    held = Held(evaluator, tokenizer, options.data, options.tokens, options.length)
-    rows = [{"plan": "base", "device": card, **held(None)}]
-    print(rows[0], f"{time.monotonic() - began:.1f} s", flush=True)
-    for full in options.full:
-        contenders = plans(costs, config, evaluator, full)
-        if str(full) in refined:
-            contenders["measured, mixed, refined"] = refined[str(full)]
-        for name, plan in contenders.items():
-            began = time.monotonic()
-            try:
-                predicted = costs.predicted(plan)
-            except Exception:
-                predicted = math.nan
-            row = {"plan": name, "full": full, "predicted": predicted, "line": plan.line, **held(plan)}
-            rows.append(row)
-            Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
-            ratios = [f"{row[k] / rows[0][k]:.3f}" for k in row if k.startswith("ppl")]
-            print(f"{full:3} {name:26} {predicted:7.3f} {ratios} copy {row['copy nll']:.2f} "
-                  f"needle {row['needle exact']:.2f} {plan.line}", flush=True)  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    held = None
+    for tokens, share in itertools.product(options.fit_tokens, options.retrieval):
+        fit = token_blocks(
+            read_texts(options.calibration), tokenizer, sequences=tokens // options.length, length=options.length,
+            name="calibration",
+        )  # fmt: skip
+        fit = mix_in(fit, tokenizer, share)
+        evaluator = None  # frees the last one first
+        evaluator = JointEvaluator(source, settings, fit, make_prompts(fit[:2], tokenizer), device)
+        held = held or Held(tokenizer, options.data, options.tokens, options.length)
+        if not rows:
+            rows.append({"plan": "base", "device": card, **held(evaluator, None)})
+            print(rows[0], flush=True)
+        for full in options.full:
+            contenders = plans(costs, config, evaluator, full)
+            if full in refined:
+                contenders["measured, mixed, refined"] = refined[full]
+            for name, plan in contenders.items():
+                if options.only and name not in options.only:
+                    continue
+                row = {"plan": name, "full": full, "fit tokens": tokens, "prompts among them": share}
+                row |= {"predicted": predicted(costs, plan), "line": plan.line, **held(evaluator, plan)}
+                rows.append(row)
+                Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+                ratios = [f"{row[k] / rows[0][k]:.3f}" for k in row if k.startswith("ppl")]
+                print(
+                    f"{tokens:>7} {share} {full:3} {name:26} {row['predicted']:7.3f} {ratios} "
+                    f"copy {row['copy nll']:.3f} needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
+                    flush=True,
+                )
+
+
+def predicted(costs: Costs, plan: Plan) -> float:
+    """Summed damage, not a number where a candidate was not measured."""
+    try:
+        return costs.predicted(plan)
+    except PlanError:
+        return math.nan
 
 
 if __name__ == "__main__":

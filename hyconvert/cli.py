@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hyconvert.errors import HyconvertError, PlanError
+from hyconvert import cli_planning
+from hyconvert.options import Device, Json, SequenceLength, parse_layers, parse_ratio, show, user_facing
 
 app = typer.Typer(
     name="hyconvert",
@@ -22,28 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def user_facing(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn a user's mistake into one line and exit code 2, and Ctrl-C into exit code 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except HyconvertError as error:
-            print(f"hyconvert: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("hyconvert: interrupted; nothing was written", file=sys.stderr)
-            raise typer.Exit(130) from None
-
-    return wrapped
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-SequenceLength = Annotated[int, typer.Option(min=64, help="Tokens per sequence.")]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
 
 
 @app.command()
@@ -150,6 +127,10 @@ def convert(
     print(f"saved to {out} in {report.seconds:.0f} s")
 
 
+app.command()(cli_planning.measure)
+app.command()(cli_planning.plan)
+
+
 @app.command()
 @user_facing
 def inspect(
@@ -194,49 +175,6 @@ def evaluate(
         progress=silent if as_json else on_stderr,
     )
     show(result, as_json)
-
-
-def show(result: Any, as_json: bool) -> None:
-    """Print a result that has `to_dict()` and `render(console)`."""
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    result.render(Console())
-
-
-def parse_ratio(text: str | None) -> int | None:
-    """N of `1:N`.
-
-    Raises:
-        PlanError: it is not of that form.
-    """
-    if text is None:
-        return None
-    head, _, tail = text.partition(":")
-    if head != "1" or not tail.isdigit() or int(tail) < 1:
-        raise PlanError(f"--uniform {text} is not a ratio; write 1:N with N of at least 1, such as 1:3")
-    return int(tail)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """Layer numbers such as `0,1,7` or `0-2,7`.
-
-    Raises:
-        PlanError: it is no such list.
-    """
-    if text is None:
-        return None
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise PlanError(
-                f"'{part}' in --full-layers is no layer number; write layers such as 0,1,7 or 0-2,7"
-            )
-        layers.extend(range(int(first), int(last or first) + 1))
-    return tuple(dict.fromkeys(layers))
 
 
 def main() -> None:

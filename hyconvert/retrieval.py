@@ -22,6 +22,9 @@ from hyconvert.errors import DataError
 TASKS = ("needle", "multivalue", "copy")
 """What a prompt may ask: a fact among decoys that share its words, both values of a key that has two, a repeat."""
 
+SHORTEST = 1024
+"""Tokens that a row needs for `mix_in` to put a prompt into it."""
+
 CUE = 8
 """Tokens of a repeated passage that are given before the rest counts as an answer."""
 
@@ -84,6 +87,7 @@ def make_prompts(
     tasks: Sequence[str] = TASKS,
     questions: int = 4,
     decoys: int = 4,
+    copies: int = 2,
     copied: int = 64,
     depths: Sequence[float] | None = None,
     seed: int = 0,
@@ -94,9 +98,10 @@ def make_prompts(
         text: [N, T] int64 tokens of running text.
         tokenizer: a transformers tokenizer; any kind will do.
         tasks: which of `TASKS`, asked in this order.
-        questions: questions per prompt and task (`copy` is asked once).
+        questions: questions per prompt and task (`copies` for `copy`).
         decoys: facts that nobody asks for.
-        copied: tokens of the passage that `copy` repeats.
+        copies: passages that `copy` repeats per prompt.
+        copied: tokens of each.
         depths: where the facts that are asked for lie, in turn over all prompts; drawn evenly if None.
         seed: the same seed gives the same prompts.
 
@@ -108,7 +113,7 @@ def make_prompts(
     at = 0
     for builder in built:
         for task in tasks:
-            for _ in range(1 if task == "copy" else questions):
+            for _ in range(copies if task == "copy" else questions):
                 builder.ask(task, depths[at % len(depths)] if depths else builder.rng.random())
                 at += 1
         for _ in range(decoys):
@@ -122,6 +127,25 @@ def make_prompts(
         tuple(end for _, end, _ in rows),
         tuple(answer for _, _, answers in rows for answer in answers),
     )
+
+
+def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0) -> Tensor:
+    """Calibration text with some of its rows made into prompts, so that what looks things up is fitted on that too.
+
+    Args:
+        text: [N, T] int64 tokens of running text.
+        tokenizer: a transformers tokenizer.
+        share: of the rows that become prompts, spread evenly. Rows of fewer than `SHORTEST` tokens stay as they are.
+        seed: of the prompts.
+    """
+    if text.shape[1] < SHORTEST:
+        return text
+    rows = [i for i in range(len(text)) if int((i + 1) * share) > int(i * share)]
+    if not rows:
+        return text
+    mixed = text.clone()
+    mixed[rows] = make_prompts(text[rows], tokenizer, copies=4, seed=seed + 1_000_003).tokens
+    return mixed
 
 
 class _Builder:
@@ -215,6 +239,8 @@ def score_answers(
     Returns:
         One score per answer, in the prompts' order.
     """
+    if not prompts.answers:
+        return []
     by_row: dict[int, list[Answer]] = defaultdict(list)
     for answer in prompts.answers:
         by_row[answer.row].append(answer)

@@ -29,7 +29,8 @@ class MeasureSettings(BaseModel):
         fit_tokens: calibration tokens that every candidate is aligned on.
         prompts: sequences that damage is measured on, each running text with facts, questions and a repeat in it.
         positions: tokens per sequence at which the KL divergence is taken.
-        questions, decoys: per prompt and task, as in `hyconvert.retrieval.make_prompts`.
+        questions, decoys, copies: per prompt, as in `hyconvert.retrieval.make_prompts`.
+        retrieval: share of the fitted sequences that have facts, questions and repeats in them too.
         map_rows, rows: as in `hyconvert.align.FitSettings`.
         calibration, column: text, as `hyconvert.data.read_texts` takes it.
         seed: of prompts, positions and rows.
@@ -47,10 +48,12 @@ class MeasureSettings(BaseModel):
     oracles: int | None = Field(default=None, ge=1)
     sequence_length: int = Field(default=4096, ge=256)
     fit_tokens: int = Field(default=16_384, ge=256)
-    prompts: int = Field(default=8, ge=1)
+    prompts: int = Field(default=16, ge=1)
     positions: int = Field(default=512, ge=1)
     questions: int = Field(default=4, ge=0)
     decoys: int = Field(default=8, ge=0)
+    copies: int = Field(default=4, ge=0)
+    retrieval: float = Field(default=0.5, ge=0, le=1)
     map_rows: int = Field(default=128, ge=1)
     rows: int = Field(default=512, ge=1)
     calibration: str | None = None
@@ -70,12 +73,19 @@ class MeasureSettings(BaseModel):
             raise PlanError(f"settings of the measurement: {explain(error, cls)}") from error
 
     @classmethod
-    def for_cpu(cls, **settings: Any) -> MeasureSettings:
-        """Settings by which a model of 135M parameters takes less than ten minutes on two cores."""
-        small = {
-            "sequence_length": 1024, "fit_tokens": 6144, "prompts": 2, "oracles": 10, "map_rows": 96, "rows": 256,
+    def suited(cls, device: str, **settings: Any) -> MeasureSettings:
+        """Settings that suit a device: on `cpu`, a model of 135M parameters takes less than ten minutes on two cores.
+
+        Args:
+            device: type of the device, such as `cuda`.
+            **settings: what is given and not None stays as it is.
+        """
+        small: dict[str, Any] = {
+            "sequence_length": 1024, "fit_tokens": 6144, "prompts": 2, "oracles": 8, "map_rows": 96, "rows": 256,
+            "questions": 3, "copies": 2,
         }  # fmt: skip
-        return cls.create(**small | {key: value for key, value in settings.items() if value is not None})
+        given = {key: value for key, value in settings.items() if value is not None}
+        return cls.create(**((small if device == "cpu" else {}) | given))
 
     def plan_settings(self) -> dict[str, Any]:
         """The settings that a plan made from these costs must share."""

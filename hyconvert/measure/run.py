@@ -24,7 +24,7 @@ from hyconvert.modeling.configuration import HyConvertConfig
 from hyconvert.modeling.families import base_window, family_of
 from hyconvert.plan import LayerPlan
 from hyconvert.progress import Progress, silent
-from hyconvert.retrieval import Prompts, make_prompts
+from hyconvert.retrieval import Prompts, make_prompts, mix_in
 
 
 def measure(
@@ -57,7 +57,7 @@ def measure(
     """
     where = pick_device(device)
     if settings is None:
-        settings = MeasureSettings.for_cpu() if where.type == "cpu" else MeasureSettings()
+        settings = MeasureSettings.suited(where.type)
     source = open_source(base, revision=revision, dtype=measuring_dtype(dtype, where))
     family_of(source.config.model_type)
     costs = _open_costs(Path(folder), source, str(base), settings, where, force)
@@ -133,9 +133,10 @@ def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Ten
             f"{settings.prompts} to measure; give more text, or lower --fit-tokens, --prompts or --sequence-length"
         )
     prompts = make_prompts(
-        blocks[fits:], tokenizer, questions=settings.questions, decoys=settings.decoys, seed=settings.seed
-    )
-    return blocks[:fits], prompts
+        blocks[fits:], tokenizer, questions=settings.questions, decoys=settings.decoys, copies=settings.copies,
+        seed=settings.seed,
+    )  # fmt: skip
+    return mix_in(blocks[:fits], tokenizer, settings.retrieval, settings.seed), prompts
 
 
 class Measurement:
