@@ -28,7 +28,7 @@ from hyconvert.heal import heal
 from hyconvert.heal.engine import Engine
 from hyconvert.heal.models import dense_plan
 from hyconvert.heal.objective import Healing
-from hyconvert.heal.run import _accelerator, device_name
+from hyconvert.heal.run import accelerator_of, device_name
 from hyconvert.heal.tokens import build_streams
 from hyconvert.loading import load, quiet_loading
 from hyconvert.modeling import HyConvertConfig, family_of
@@ -238,7 +238,7 @@ def finetune_base(options: Any, texts: list[str]) -> dict[str, Any]:
     tokens = min(options.tokens, max(1_000_000, options.tokens // 10))
     recipe = recipe_of(options, distill={"tokens": tokens, "cross_entropy": 1.0}, eval_every=0)
     source = open_source(options.model)
-    accelerator = _accelerator(recipe, "auto", "base")
+    accelerator = accelerator_of(recipe, "auto", "base")
     base_class = family_of(source.config.model_type).load_class("ForCausalLM")
     with quiet_loading():
         if source.path.is_dir():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -94,16 +96,17 @@ def heal(
         healing.check(path, chosen, pick_device(device))
         print(json.dumps(chosen.model_dump(mode="json", exclude_none=True), indent=2))
         return
-    report = healing.heal(
-        path,
-        out,
-        chosen,
-        device=device,
-        force=force,
-        restart=restart,
-        command=shlex.join(["hyconvert", *sys.argv[1:]]),
-        progress=silent if as_json else on_stderr,
-    )
+    with resumable():
+        report = healing.heal(
+            path,
+            out,
+            chosen,
+            device=device,
+            force=force,
+            restart=restart,
+            command=shlex.join(["hyconvert", *sys.argv[1:]]),
+            progress=silent if as_json else on_stderr,
+        )
     show(report, as_json)
 
 
@@ -122,14 +125,25 @@ def run(
     from hyconvert.progress import on_stderr, silent
     from hyconvert.recipe import Recipe
 
-    report = run_recipe(
-        Recipe.load(recipe, data={"source": data}),
-        out,
-        base=base,
-        device=device,
-        force=force,
-        restart=restart,
-        command=shlex.join(["hyconvert", *sys.argv[1:]]),
-        progress=silent if as_json else on_stderr,
-    )
+    with resumable():
+        report = run_recipe(
+            Recipe.load(recipe, data={"source": data}),
+            out,
+            base=base,
+            device=device,
+            force=force,
+            restart=restart,
+            command=shlex.join(["hyconvert", *sys.argv[1:]]),
+            progress=silent if as_json else on_stderr,
+        )
     show(report, as_json)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say on Ctrl-C that the work so far is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("hyconvert: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        raise typer.Exit(130) from None

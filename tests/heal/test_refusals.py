@@ -69,7 +69,9 @@ def test_lengths_and_batches_that_do_not_fit(
     converted: Path, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     long = STAGE | {"sequence_length": 1024, "batch_tokens": 2048}
-    refused(HealError, "1024 tokens are longer than the 512", converted, tmp_path / "out", recipe(distill=long))
+    refused(
+        HealError, "1024 tokens are longer than the 512", converted, tmp_path / "out", recipe(distill=long)
+    )
     with pytest.raises(RecipeError, match="distill: batch_tokens 16 is less than one sequence of 32"):
         recipe(distill=STAGE | {"batch_tokens": 16})
 
@@ -82,6 +84,14 @@ def test_text_that_is_missing_or_too_short(
         chosen = recipe(data={"source": str(tmp_path / source)})
         refused(DataError, message, converted, tmp_path / "out", chosen)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_a_disk_without_room(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=100))
+    refused(HealError, "for text and saved states", converted, tmp_path / "out", recipe())
 
 
 def test_an_output_that_exists(converted: Path, recipe: Callable[..., Any], tmp_path: Path) -> None:
@@ -123,7 +133,9 @@ def test_mistakes_in_a_recipe_are_reported_at_once(tmp_path: Path) -> None:
 
 def test_options_go_over_a_recipe(converted: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("heal: {data: {source: x}, distill: {tokens: 8M, sequence_length: 64, lr: 1e-3}, seed: 3}")
+    path.write_text(
+        "heal: {data: {source: x}, distill: {tokens: 8M, sequence_length: 64, lr: 1e-3}, seed: 3}"
+    )
     stage = {"tokens": "64k", "sequence_length": None, "batch_tokens": None, "lr": None}
     chosen = heal_recipe(str(converted), path, {"data": {"source": "y"}, "seed": None}, stage)
     assert chosen.data.source == "y" and chosen.seed == 3
