@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hyconvert import cli_planning
+from hyconvert import cli_heal, cli_planning
 from hyconvert.options import Device, Json, SequenceLength, parse_layers, parse_ratio, show, user_facing
 
 app = typer.Typer(
@@ -129,6 +129,8 @@ def convert(
 
 app.command()(cli_planning.measure)
 app.command()(cli_planning.plan)
+app.command()(cli_heal.heal)
+app.command()(cli_heal.run)
 
 
 @app.command()

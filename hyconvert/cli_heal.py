@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from hyconvert.options import Device, Json, show
+from hyconvert.options import Device, Json, show, user_facing
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write the healed model to.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")]
@@ -21,6 +21,7 @@ Restart = Annotated[
 ]
 
 
+@user_facing
 def heal(
     path: Annotated[str, typer.Argument(metavar="CONVERTED", help="Folder that `hyconvert convert` wrote.")],
     out: Out,
@@ -110,6 +111,7 @@ def heal(
     show(report, as_json)
 
 
+@user_facing
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe with the sections `convert` and `heal`.")],
     out: Out,
