@@ -111,8 +111,8 @@ class Engine:
             )
         }
         if not self.record.heldout:
-            with progress("Measuring before", total=1):
-                self._measure(self.runs[0].stage)
+            with progress("Measuring before", total=1) as tell:
+                tell(self._measure(self.runs[0].stage))
         begin = self.record.step
         reads = [
             step for step in range(begin + 1, total + 1) if any(_due(step, n, total) for n in stops.values())
@@ -127,7 +127,7 @@ class Engine:
                     if done in reads:
                         note = self._read(run)
                         if _due(done, stops["eval"], total):
-                            note = self._measure(run.stage)
+                            note += f"; {self._measure(run.stage)}"
                         if _due(done, stops["save"], total) and done < total and self.states is not None:
                             self.states.save(done, asdict(self.record))
                         tell(note)
@@ -232,7 +232,7 @@ class Engine:
         self._warn_of_collapse(row)
         record.heldout.append(row)
         self.accelerator.log({"heldout_kl": kl, "heldout_perplexity": row["perplexity"]}, step=record.step)
-        return f"{record.tokens:,} tokens, held out: KL {kl:.4f}, perplexity {row['perplexity']:.2f}"
+        return f"held out KL {kl:.4f}, perplexity {row['perplexity']:.2f}"
 
     def _warn_of_collapse(self, row: dict[str, Any]) -> None:
         if not self.record.heldout:

@@ -1,0 +1,92 @@
+"""`hyconvert heal` and `hyconvert run`, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hyconvert.heal.engine import Engine
+from tests.test_cli import run
+
+STAGE = ("--tokens", "256", "--sequence-length", "32", "--batch-tokens", "128")
+
+
+def test_heal_and_eval(converted: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--data", text, *STAGE, "--device", "cpu")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("heal: {data: {source: x}, distill: {tokens: 1}, heldout_tokens: 256}")
+    code, stdout, stderr = run("heal", converted, "-o", out, *options, "--recipe", recipe, "--dry-run")
+    assert code == 0, stderr
+    assert json.loads(stdout)["distill"]["tokens"] == 256 and not out.exists()
+    code, stdout, stderr = run("heal", converted, "-o", out, *options, "--recipe", recipe)
+    assert code == 0, stderr
+    assert "held-out KL" in stdout and f"saved to {out}" in stdout
+    assert "Healing 2/2" in stderr and "tokens/s" in stderr
+    code, stdout, stderr = run(
+        "eval", out, "--data", text, "--tokens", "128", "--sequence-length", "64", "--json"
+    )
+    assert code == 0, stderr
+    assert json.loads(stdout)["converted_perplexity"] > 1
+
+
+def test_mistakes_are_one_line_and_exit_code_2(converted: Path, text: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ((), "--data"),
+        (("--data", text, "--tokens", "lots"), "'lots' is no count"),
+        (("--data", tmp_path / "none.txt"), "no file or folder"),
+        (("--data", text, "--sequence-length", "4096"), "longer than the 512"),
+        (("--data", text, "--teacher", "/nowhere", *STAGE), "/nowhere"),
+        (("--recipe", tmp_path / "none.yaml"), "cannot be read"),
+    ):
+        code, _, stderr = run("heal", converted, "-o", tmp_path / "out", *options)
+        assert code == 2 and message in stderr and stderr.startswith("hyconvert: "), stderr
+        assert stderr.rstrip().count("\n") == 0 or "Tokenising" in stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_interruption_says_how_to_go_on(
+    converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "run", interrupted)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"heal: {{data: {{source: '{text}'}}, distill: {{tokens: 1}}, heldout_tokens: 256}}")
+    code, _, stderr = run(
+        "heal", converted, "-o", tmp_path / "out", "--recipe", recipe, *STAGE, "--device", "cpu"
+    )
+    assert code == 130 and "goes on from the last saved state" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_converts_and_heals(tiny_base: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(
+        "convert: {full_layers: [0, 3], block_size: 4, topk: 2, window: 8, align: false}\n"
+        "heal: {data: {source: x}, distill: {tokens: 256, sequence_length: 32, batch_tokens: 128},\n"
+        "       heldout_tokens: 256}\n"
+    )
+    arguments = ("run", recipe, "-o", out, "--base", tiny_base("llama"), "--data", text, "--device", "cpu")
+    code, stdout, stderr = run(*arguments, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["tokens"] == 256
+    assert (out / "config.json").is_file() and (tmp_path / "out-converted" / "config.json").is_file()
+    code, _, stderr = run(*arguments)
+    assert code == 2 and "--force" in stderr
+
+
+def test_the_recipes_that_come_along_are_valid() -> None:
+    from hyconvert.recipe import Recipe
+    from tests.conftest import ROOT
+
+    found = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert len(found) >= 2
+    for path in found:
+        recipe = Recipe.load(path)
+        assert recipe.convert is not None and recipe.base, path
+        assert path.read_text().startswith("# "), "it opens with its command, cost and result"
