@@ -35,8 +35,10 @@ from hyconvert.modeling import HyConvertConfig, family_of
 from hyconvert.plan import Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import on_stderr, silent
 from hyconvert.recipe import HealRecipe, merged, parse_count, validated
+from hyconvert.retrieval import Prompts, by_task, make_prompts, score_answers
 
 FULL_LAYERS = "F*3 S2*4 F S7*8 F S16 F S18 F S20*9"
+DEPTHS = (0.1, 0.35, 0.6, 0.85)
 VARIANTS = ("plan", "unaligned", "uniform", "sigmoid", "window", "reuse", "base")
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text to align on  [default: the built-in text]")
     parser.add_argument("--calibration-tokens", type=parse_count, default=65_536)
     parser.add_argument("--eval-tokens", type=parse_count, default=65_536)
+    parser.add_argument("--prompts", type=int, default=56, help="retrieval prompts, four needles in each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                         help="settings of the recipe, such as distill.lr=1e-3 lr_scale.rest=0.1")  # fmt: skip
@@ -67,8 +70,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     texts = list(documents(options.train, options.only))
     random.Random(options.seed).shuffle(texts)
-    held = {name: heldout_rows(options, name) for name in heldout_names(options.heldout)}
-    base = base_perplexities(options, held)
+    held = Held(options)
+    base = base_quality(options, held)
+    print(f"base: {base}", flush=True)
     for variant in options.variants:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
@@ -109,32 +113,63 @@ def heldout_names(path: str) -> list[str | None]:
 
     if ".jsonl" not in path:
         return [None]
-    return sorted({row["source"].split("/")[0] for row in _json_lines([Path(path)]) if "source" in row}) or [
-        None
-    ]
+    rows = _json_lines([Path(path)])
+    names: list[str | None] = sorted({row["source"].split("/")[0] for row in rows if "source" in row})
+    return names or [None]
 
 
-def heldout_rows(options: Any, name: str | None) -> torch.Tensor:
-    """[N, T] tokens to measure on."""
-    return token_blocks(
-        documents(options.heldout, name),
-        open_source(options.model).load_tokenizer(),
-        sequences=max(1, options.eval_tokens // options.length),
-        length=options.length,
-        name=str(name),
-    )
+class Held:
+    """What every model is measured on.
+
+    Attributes:
+        rows: [N, T] tokens by kind of text, for perplexity.
+        prompts: retrieval over text of the first kind that is not in `rows`: needles among decoys at four depths, two
+            values of one key, and copying.
+    """
+
+    def __init__(self, options: Any) -> None:
+        self.rows: dict[str, torch.Tensor] = {}
+        self.prompts: Prompts | None = None
+        tokenizer = open_source(options.model).load_tokenizer()
+        wanted = max(1, options.eval_tokens // options.length)
+        for name in reversed(heldout_names(options.heldout)):  # technical text first
+            texts = documents(options.heldout, name)
+            extra = options.prompts if self.prompts is None else 0
+            rows = token_blocks(
+                texts, tokenizer, sequences=wanted + extra, length=options.length, name=str(name)
+            )
+            self.rows[str(name)] = rows[:wanted]
+            if extra and len(rows) > wanted:
+                self.prompts = make_prompts(rows[wanted:], tokenizer, depths=DEPTHS, seed=1)
 
 
-def measured(model: Any, held: dict[str | None, torch.Tensor], **how: Any) -> dict[str, float]:
-    """Perplexity by kind of text."""
-    return {str(name): round(perplexity(model, rows, **how), 4) for name, rows in held.items()}
+@torch.no_grad()
+def measured(model: Any, held: Held) -> dict[str, Any]:
+    """Perplexity by kind of text; mean negative log-likelihood and share of exact answers by retrieval task."""
+    quality: dict[str, Any] = {
+        "perplexity": {name: round(perplexity(model, rows), 4) for name, rows in held.rows.items()}
+    }
+    if held.prompts is not None:
+        device = next(model.parameters()).device
+
+        def hidden_of(row: int) -> torch.Tensor:
+            ids = held.prompts.tokens[row : row + 1].to(device)
+            hidden: torch.Tensor = model.model(ids, use_cache=False).last_hidden_state[0]
+            return hidden
+
+        for task, score in by_task(
+            held.prompts, score_answers(held.prompts, hidden_of, model.lm_head)
+        ).items():
+            quality[task] = {"nll": round(score.nll, 4), "exact": round(score.exact, 4)}
+        quality["answers"] = len(held.prompts.answers)
+    return quality
 
 
-def base_perplexities(options: Any, held: dict[str | None, torch.Tensor]) -> dict[str, float]:
+def base_quality(options: Any, held: Held) -> dict[str, Any]:
     """The base's own."""
     source = open_source(options.model)
     config = HyConvertConfig.from_base(source.config, dense_plan(source.config))
-    return measured(load_base_as(config, source, pick_device("auto")), held, as_base=True)
+    return measured(load_base_as(config, source, pick_device("auto")), held)
 
 
 def plan_of(options: Any, variant: str) -> dict[str, Any]:
@@ -173,9 +208,7 @@ def recipe_of(options: Any, **changes: Any) -> HealRecipe:
     return recipe
 
 
-def heal_variant(
-    options: Any, variant: str, texts: list[str], held: dict[str | None, torch.Tensor]
-) -> dict[str, Any]:
+def heal_variant(options: Any, variant: str, texts: list[str], held: Held) -> dict[str, Any]:
     """Convert, measure, heal, measure."""
     progress = silent if options.quiet else on_stderr
     device = str(pick_device("auto"))
@@ -195,7 +228,7 @@ def heal_variant(
         )
         seconds = time.monotonic() - began
         before = measured(load(converted, device=device), held)
-        print(f"{variant}: {report.plan.line}; converted in {seconds:.0f} s, perplexity {before}", flush=True)
+        print(f"{variant}: {report.plan.line}; converted in {seconds:.0f} s: {before}", flush=True)
         healed = heal(
             converted, out, recipe_of(options), texts=texts, device=device, force=True, progress=progress
         )
@@ -207,8 +240,8 @@ def heal_variant(
         "window": report.plan.window,
         "block_size": report.plan.block_size,
         "tokens": healed.record.tokens,
-        "converted_perplexity": before,
-        "healed_perplexity": after,
+        "converted": before,
+        "healed": after,
         "seconds": round(healed.record.seconds, 1),
         "tokens_per_second": round(healed.tokens_per_second),
         "steady_tokens_per_second": steady(healed.record.curve),
