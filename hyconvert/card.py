@@ -46,6 +46,8 @@ def model_card(report: ConversionReport, config: Any, source: Source, command: s
         f"{plan.window}, {plan.gate} gate{', sinks' if plan.sinks else ''}.",
         "",
     ]
+    if plan.note:
+        lines += [f"Chosen by measured damage: {plan.note}.", ""]
     if command:
         lines += ["Made with:", "", f"    {command}", ""]
     lines += [

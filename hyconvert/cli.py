@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from hyconvert import cli_heal, cli_planning
-from hyconvert.options import Device, Json, SequenceLength, parse_layers, parse_ratio, show, user_facing
+from hyconvert.errors import PlanError
+from hyconvert.options import (
+    Device,
+    Json,
+    SequenceLength,
+    parse_layers,
+    parse_ratio,
+    parse_share,
+    show,
+    user_facing,
+)
 
 app = typer.Typer(
     name="hyconvert",
@@ -37,6 +47,13 @@ def convert(
     ] = None,
     plan: Annotated[
         str | None, typer.Option(help="A plan.json, or a layer map such as 'F*3 S2*4 F W*2'.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Without a plan: share of the base's KV that may stay.  [default: 25%]"),
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="Without a plan: folder of measured costs.  [default: OUT.costs]")
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="Keys per block.  [default: the plan's, or 64]")
@@ -90,6 +107,12 @@ def convert(
         "gate": gate,
         "sinks": sinks,
     }
+    planned = any((plan, uniform, full_layers))
+    if dry_run and not planned:
+        raise PlanError(
+            "no plan is given, so converting would first measure every layer; run hyconvert measure and hyconvert plan "
+            "to see what it chooses, or give --plan, --full-layers or --uniform"
+        )
     if dry_run:
         from hyconvert.checkpoint import open_source
         from hyconvert.modeling import HyConvertConfig, family_of
@@ -99,9 +122,14 @@ def convert(
         config = HyConvertConfig.from_base(source.config, conversion.make_plan(source.config, **chosen))
         show(layer_table(config), as_json)
         return
+    budget = parse_share(kv_budget, "--kv-budget")
+    if not planned and not as_json:
+        print("No plan is given: measuring what each layer would cost, then choosing.", file=sys.stderr)
     report = conversion.convert(
         base,
         out,
+        kv_budget=budget,
+        costs=costs,
         align_layers=align,
         calibration=conversion.Calibration(
             calibration, calibration_tokens, sequence_length, calibration_column
@@ -119,6 +147,8 @@ def convert(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return
+    if report.planning:
+        print(f"the costs are in {costs or f'{out}.costs'}; hyconvert plan answers other budgets from them")
     print(report.plan.line)
     if report.perplexity:
         base_ppl, ours = report.perplexity["base"], report.perplexity["converted"]

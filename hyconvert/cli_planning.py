@@ -68,21 +68,17 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Measure what converting each layer alone would cost; goes on where it was interrupted."""
-    from hyconvert.evaluate import pick_device
-    from hyconvert.measure import MeasureSettings
     from hyconvert.measure import measure as run
     from hyconvert.planning import CostReport
     from hyconvert.progress import on_stderr, silent
 
-    settings = MeasureSettings.suited(
-        pick_device(device).type, block_size=block_size, topk=topk, window=window, gate=gate, sinks=sinks,
-        kinds=tuple(kinds.split(",")) if kinds else None, span=span, oracles=oracles, sequence_length=sequence_length,
-        fit_tokens=fit_tokens, prompts=prompts, positions=positions, questions=questions, decoys=decoys, copies=copies,
-        calibration=calibration, column=calibration_column, seed=seed,
-    )  # fmt: skip
     costs = run(
-        base, out, settings=settings, device=device, dtype=dtype, revision=revision, force=force,
-        progress=silent if as_json else on_stderr,
+        base, out, device=device, dtype=dtype, revision=revision, force=force,
+        progress=silent if as_json else on_stderr, block_size=block_size, topk=topk, window=window, gate=gate,
+        sinks=sinks, kinds=tuple(kinds.split(",")) if kinds else None, span=span, oracles=oracles,
+        sequence_length=sequence_length, fit_tokens=fit_tokens, prompts=prompts, positions=positions,
+        questions=questions, decoys=decoys, copies=copies, calibration=calibration,
+        column=calibration_column, seed=seed,
     )  # fmt: skip
     show(CostReport(costs, out), as_json)
 

@@ -23,6 +23,7 @@ from hyconvert.modeling.families import base_window, family_of
 from hyconvert.modeling.model import model_class_of
 from hyconvert.plan import LayerPlan, Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import Progress, silent
+from hyconvert.retrieval import mix_in
 
 HELDOUT_SEQUENCES = 2
 
@@ -36,12 +37,14 @@ class Calibration:
         tokens: tokens to fit on.
         sequence_length: tokens per sequence, T.
         column: the text column of formats with columns.
+        retrieval: share of the sequences that have facts, questions and repeats strewn in (`hyconvert.retrieval`).
     """
 
     source: str | None = None
     tokens: int = 65_536
     sequence_length: int = 2048
     column: str = "text"
+    retrieval: float = 0.5
 
 
 @dataclass
@@ -54,6 +57,7 @@ class ConversionReport:
         fingerprint: of the base's contents.
         calibration: what the layers were aligned on; None without alignment.
         fits: one `LayerFit` per converted layer; empty without alignment.
+        planning: why the plan was chosen, as `PlanReport.to_dict` gives it; None for a plan that was given.
         perplexity: of `base` and `converted` on sequences of the calibration text that no fit has seen; empty without
             alignment.
         seconds: wall-clock time.
@@ -65,6 +69,7 @@ class ConversionReport:
     fingerprint: str
     calibration: Calibration | None = None
     fits: list[LayerFit] = field(default_factory=list)
+    planning: dict[str, Any] | None = None
     perplexity: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -142,6 +147,8 @@ def convert(
     plan: Plan | str | Path | None = None,
     uniform: int | None = None,
     full_layers: Sequence[int] | None = None,
+    kv_budget: float | None = None,
+    costs: str | Path | None = None,
     align_layers: bool = True,
     calibration: Calibration | None = None,
     fit: FitSettings | None = None,
@@ -159,7 +166,10 @@ def convert(
     Args:
         base: a Hugging Face id, a folder with safetensors, or a `.gguf` file.
         out: the folder to write.
-        plan, uniform, full_layers, **settings: which layers become what; see `make_plan`.
+        plan, uniform, full_layers, **settings: which layers become what; see `make_plan`. Without any of them the
+            layers are measured and chosen.
+        kv_budget: with measured layers, the share of the base's KV at 32k tokens that the plan may keep; 0.25 if None.
+        costs: folder of `hyconvert measure`; None measures into `<out>.costs`, or goes on with what is there.
         align_layers: fit the new parameters in closed form; otherwise they start as identities.
         calibration: text to align on; the built-in text by default.
         fit: ridge strengths and sample sizes of the alignment.
@@ -181,12 +191,13 @@ def convert(
     where = pick_device(device)
     source = open_source(base, revision=revision, dtype=dtype)
     family_of(source.config.model_type)
-    chosen = make_plan(source.config, plan=plan, uniform=uniform, full_layers=full_layers, **settings)
-    if chosen.base is None:
-        chosen = chosen.with_settings(base=str(Path(base).resolve()) if Path(base).exists() else str(base))
-    config = HyConvertConfig.from_base(source.config, chosen)
-    config.dtype = source.dtype
-    report = ConversionReport(str(base), str(out), chosen, source.fingerprint)
+    chosen: Plan | None = None
+    if plan or uniform or full_layers:
+        if kv_budget is not None or costs is not None:
+            raise PlanError(
+                "a plan is given, so --kv-budget and --costs have nothing to choose; drop one of them"
+            )
+        chosen = make_plan(source.config, plan=plan, uniform=uniform, full_layers=full_layers, **settings)
     with CheckpointWriter(
         Path(out),
         force=force,
@@ -194,6 +205,27 @@ def convert(
         expected_bytes=source.nbytes,
         max_shard_bytes=max_shard_bytes,
     ) as writer:
+        planning = None
+        if chosen is None:
+            folder, text = Path(costs or f"{out}.costs"), calibration or Calibration()
+            measured, planning = measured_plan(
+                base,
+                source,
+                folder,
+                kv_budget=kv_budget,
+                text=text,
+                device=device,
+                progress=progress,
+                **settings,
+            )
+            chosen = make_plan(source.config, plan=measured)
+        if chosen.base is None:
+            chosen = chosen.with_settings(
+                base=str(Path(base).resolve()) if Path(base).exists() else str(base)
+            )
+        config = HyConvertConfig.from_base(source.config, chosen)
+        config.dtype = source.dtype
+        report = ConversionReport(str(base), str(out), chosen, source.fingerprint, planning=planning)
         if align_layers:
             report.calibration = calibration or Calibration()
             tokens = read_calibration(source, report.calibration)
@@ -213,13 +245,60 @@ def convert(
     return report
 
 
+def measured_plan(
+    base: str | Path,
+    source: Source,
+    folder: Path,
+    *,
+    kv_budget: float | None = None,
+    text: Calibration,
+    device: str = "auto",
+    progress: Progress = silent,
+    **settings: Any,
+) -> tuple[Plan, dict[str, Any]]:
+    """Measure what is not measured yet, and solve.
+
+    Args:
+        base, source: the base.
+        folder: costs, kept there; an interrupted or complete measurement in it is used.
+        kv_budget: share of the base's KV that the plan may keep; the default if None.
+        text: what to measure on.
+        device: where.
+        progress: told about each candidate.
+        **settings: as in `make_plan`.
+
+    Returns:
+        The plan, and why it was chosen.
+    """
+    from hyconvert.measure import Costs, MeasureSettings, measure
+    from hyconvert.planning import DEFAULT_BUDGET, choose, make_budget
+
+    given = {k: v for k, v in settings.items() if v is not None and k in MeasureSettings.model_fields}
+    if (folder / "costs.json").exists():
+        found = Costs.load(folder, unfinished=True).settings
+        wanted = MeasureSettings.create(**(found.model_dump() | given))
+    else:
+        wanted = None
+    costs = measure(
+        base, folder, settings=wanted, device=device, progress=progress, calibration=text.source, column=text.column,
+        **given,
+    )  # fmt: skip
+    report = choose(costs, source.config, make_budget(source.config, kv_budget=kv_budget or DEFAULT_BUDGET))
+    return report.solution.plan, report.to_dict()
+
+
 def read_calibration(source: Source, calibration: Calibration) -> Tensor:
     """[N, T] tokens to fit on, and `HELDOUT_SEQUENCES` more rows at the end to measure on."""
     length = calibration.sequence_length
     wanted = max(1, calibration.tokens // length) + HELDOUT_SEQUENCES
     texts = read_texts(calibration.source, column=calibration.column)
     name = f"the calibration text {calibration.source or BUILTIN}"
-    return token_blocks(texts, source.load_tokenizer(), sequences=wanted, length=length, name=name)
+    tokenizer = source.load_tokenizer()
+    blocks = token_blocks(texts, tokenizer, sequences=wanted, length=length, name=name)
+    held = min(HELDOUT_SEQUENCES, len(blocks) - 1)
+    return torch.cat(
+        (mix_in(blocks[: len(blocks) - held], tokenizer, calibration.retrieval), blocks[len(blocks) - held :])
+    )
 
 
 def load_base_as(config: Any, source: Source, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hyconvert.cli import app
 from hyconvert.data import read_texts
+from hyconvert.plan import Plan
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -83,6 +84,68 @@ def test_convert_inspect_eval(tiny_base: Callable[..., Path], tmp_path: Path, wo
     assert result["ratio"] == pytest.approx(result["converted_perplexity"] / result["base_perplexity"])
 
 
+def test_measure_plan_and_convert(tiny_base: Callable[..., Path], tmp_path: Path, words: Path) -> None:
+    base, costs = tiny_base("llama"), tmp_path / "costs"
+    small = [
+        "--sequence-length",
+        "256",
+        "--fit-tokens",
+        "512",
+        "--prompts",
+        "1",
+        "--questions",
+        "0",
+        "--decoys",
+        "0",
+    ]
+    small += ["--copies", "1", "--block-size", "16", "--topk", "2", "--window", "16", "--calibration", words]
+    code, stdout, stderr = run("measure", base, "-o", costs, "--device", "cpu", *small)
+    assert code == 0, stderr
+    assert "10 candidates" in stdout and "Measuring windows 4/4" in stderr
+    code, stdout, _ = run(
+        "plan", costs, "--full-layers", "2", "--pin", "0=full", "-o", tmp_path / "plan.json", "--json"
+    )
+    chosen = json.loads(stdout)
+    assert (
+        code == 0 and 0 in chosen["full_layers"] and Plan.load(tmp_path / "plan.json").line == chosen["line"]
+    )
+    code, stdout, _ = run(
+        "plan", costs, "--kv-budget", "60%", "--context", "4k", "--refine", "2", "--device", "cpu"
+    )
+    assert code == 0 and "if window" in stdout and "measured as a whole" in stdout
+    code, stdout, _ = run("plan", costs, "--sweep", "--context", "4k")
+    assert code == 0 and "knee" in stdout
+    assert len(json.loads((costs / "frontier.json").read_text())["plans"]) == 4
+    out = tmp_path / "out"
+    fit = [
+        "--calibration",
+        words,
+        "--calibration-tokens",
+        "256",
+        "--sequence-length",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    code, stdout, stderr = run("convert", base, "-o", out, "--costs", costs, "--kv-budget", "0.6", *fit)
+    assert code == 0, stderr
+    assert json.loads((out / "conversion.json").read_text())["planning"]["kv_share"] <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--full-layers", "2"], "no costs can be read"),
+        (["--full-layers", "2", "--pin", "0"], "LAYER=KIND"),
+        (["--ratio", "3", "--full-layers", "2"], "no costs can be read"),
+        (["--full-layers", "2", "--context", "far"], "--context far"),
+    ],
+)
+def test_mistakes_in_planning_are_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    code, _, stderr = run("plan", tmp_path, *options)
+    assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
 def test_a_dry_run_writes_nothing(tiny_base: Callable[..., Path], tmp_path: Path) -> None:
     code, stdout, _ = run(
         "convert", tiny_base("llama"), "-o", tmp_path / "out", "--uniform", "1:1", "--dry-run"
@@ -107,7 +170,9 @@ def test_a_dry_run_writes_nothing(tiny_base: Callable[..., Path], tmp_path: Path
         (["--uniform", "1:1", "--device", "cuda:99"], "device 'cuda:99'"),
         (["--uniform", "1:1", "--device", "gpu"], "device 'gpu'"),
         (["--full-layers", "3-0"], "'3-0' in --full-layers"),
-        ([], "say which layers stay full"),
+        (["--dry-run"], "hyconvert measure and hyconvert plan"),
+        (["--uniform", "1:1", "--kv-budget", "25%"], "nothing to choose"),
+        (["--kv-budget", "250%"], "no share"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

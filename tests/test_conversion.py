@@ -115,7 +115,7 @@ def test_conversion_is_reproducible(tiny_base: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say which layers stay full"),
+        ({"plan": "F*4", "kv_budget": 0.5}, "nothing to choose"),
         ({"uniform": 2, "plan": "F*4"}, "contradict"),
         ({"full_layers": [0, 9]}, r"full layers \[9\] do not exist"),
         ({"plan": "S0 F*3"}, "layer 0"),

@@ -76,9 +76,10 @@ def dense_state(batch: int, length: int, device: torch.device) -> ForwardState:
 
 def stack_oracles(states: list[OracleState]) -> OracleState:
     """Oracle states of single sequences as those of a batch."""
-    return OracleState(
-        *(torch.cat([getattr(s, name) for s in states]) for name in ("keys", "values", "indices"))
+    keys, values, indices = (
+        torch.cat([getattr(s, n) for s in states]) for n in ("keys", "values", "indices")
     )
+    return OracleState(keys, values, indices)
 
 
 @torch.no_grad()
@@ -106,7 +107,8 @@ def run_from(
     outputs = []
     for at in range(0, len(entering), batch):
         hidden = entering[at : at + batch]
-        state = prepare_state(*hidden.shape[:2], hidden.device)
+        count, length = hidden.shape[:2]
+        state = prepare_state(count, length, hidden.device)
         if candidate.source is not None:
             state.oracle[candidate.source] = stack_oracles(oracles[at : at + batch])
         own = decoder.layers[layer].self_attn
@@ -115,7 +117,7 @@ def run_from(
             hidden = run_layer(decoder.layers[layer], hidden, rope, state)
         finally:
             decoder.layers[layer].self_attn = own
-        dense = dense_state(*hidden.shape[:2], hidden.device)
+        dense = dense_state(count, length, hidden.device)
         for later in decoder.layers[layer + 1 :]:
             hidden = run_layer(later, hidden, rope, dense)
         outputs.append(decoder.norm(hidden))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ class MeasureSettings(BaseModel):
     """What is measured, on how much text.
 
     Attributes:
-        kinds: kinds tried per layer beside full.
+        kinds: kinds tried per layer beside full; windows are measured in any case, since they rank the sources.
         block_size, topk, window, gate, sinks: as in `Plan`.
         span: farthest source of a sparse or reuse layer, in layers; None for any.
         oracles: only this many layers, those that lose most with a window alone, are tried as sources; None for all.
@@ -73,19 +73,22 @@ class MeasureSettings(BaseModel):
             raise PlanError(f"settings of the measurement: {explain(error, cls)}") from error
 
     @classmethod
-    def suited(cls, device: str, **settings: Any) -> MeasureSettings:
+    def suited(cls, device: str, limit: int | None = None, **settings: Any) -> MeasureSettings:
         """Settings that suit a device: on `cpu`, a model of 135M parameters takes less than ten minutes on two cores.
 
         Args:
             device: type of the device, such as `cuda`.
+            limit: longest sequence that the base was trained for.
             **settings: what is given and not None stays as it is.
         """
         small: dict[str, Any] = {
             "sequence_length": 1024, "fit_tokens": 6144, "prompts": 2, "oracles": 8, "map_rows": 96, "rows": 256,
             "questions": 3, "copies": 2,
         }  # fmt: skip
-        given = {key: value for key, value in settings.items() if value is not None}
-        return cls.create(**((small if device == "cpu" else {}) | given))
+        suited = small if device == "cpu" else {"sequence_length": 4096}
+        if limit is not None:
+            suited["sequence_length"] = min(limit, suited["sequence_length"])
+        return cls.create(**(suited | {key: value for key, value in settings.items() if value is not None}))
 
     def plan_settings(self) -> dict[str, Any]:
         """The settings that a plan made from these costs must share."""
@@ -109,6 +112,10 @@ class Cost:
     kl: float
     nll: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
+
+    def to_json(self) -> str:
+        """The row as one line of `costs.jsonl`."""
+        return json.dumps(asdict(self))
 
     def damage(self, retrieval: float = 1.0) -> float:
         """KL plus the mean rise of the answers' NLL (where it rises), weighted."""
@@ -147,14 +154,16 @@ class Costs:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.table = {(row.layer, row.kind, row.source): row for row in self.rows}
+        self.table: dict[tuple[int, str, int | None], Cost] = {
+            (row.layer, row.kind, row.source): row for row in self.rows
+        }
 
     def __iter__(self) -> Iterator[Cost]:
         return iter(self.rows)
 
     def get(self, layer: int, kind: str, source: int | None = None) -> Cost | None:
         """The cost of one candidate, if it was measured."""
-        return self.table.get((layer, kind, source))  # type: ignore[call-overload, no-any-return]
+        return self.table.get((layer, kind, source))
 
     def add(self, row: Cost) -> None:
         """Take in one more row."""
@@ -200,6 +209,12 @@ class Costs:
         aside = folder / "costs.json.partial"
         aside.write_text(json.dumps(self.header(), indent=2) + "\n")
         os.replace(aside, folder / "costs.json")
+
+    def save_rows(self, folder: Path) -> None:
+        """Write `costs.jsonl` anew, at once or not at all."""
+        aside = folder / "costs.jsonl.partial"
+        aside.write_text("".join(row.to_json() + "\n" for row in self.rows))
+        os.replace(aside, folder / "costs.jsonl")
 
     @classmethod
     def load(cls, folder: str | Path, *, unfinished: bool = False) -> Costs:

@@ -130,7 +130,7 @@ class JointEvaluator:
                 hidden = decoder.embed_tokens(rows)
                 positions = torch.arange(rows.shape[1], device=self.device)[None]
                 rope = decoder.rotary_emb(hidden[:1], position_ids=positions)
-                dense = dense_state(*rows.shape, self.device)
+                dense = dense_state(rows.shape[0], rows.shape[1], self.device)
                 dense.oracles_wanted = plan.sources if plan is not None else frozenset()
                 sparse = replace(dense, dense=False)  # shares the oracle states
                 for layer in decoder.layers:

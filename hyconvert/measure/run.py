@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ def measure(
     revision: str | None = None,
     force: bool = False,
     progress: Progress = silent,
+    **changes: Any,
 ) -> Costs:
     """Measure what converting each layer alone would cost, and keep it in a folder.
 
@@ -45,21 +45,23 @@ def measure(
     Args:
         base: Hugging Face id, folder or `.gguf` file.
         folder: where the costs go.
-        settings: what to measure; by default what suits the device.
+        settings: what to measure; by default what suits the device and the base.
         device: where to compute.
         dtype: `auto` is bfloat16 on a GPU and the checkpoint's own on the CPU.
         revision: of a Hub id.
         force: start anew where the folder holds costs of another base or other settings.
         progress: told about each candidate.
+        **changes: single settings that differ from the default, by name; None for no difference.
 
     Raises:
         HyconvertError: base or text cannot be used, or the folder holds other costs.
     """
     where = pick_device(device)
-    if settings is None:
-        settings = MeasureSettings.suited(where.type)
     source = open_source(base, revision=revision, dtype=measuring_dtype(dtype, where))
     family_of(source.config.model_type)
+    if settings is None:
+        limit = getattr(source.config, "max_position_embeddings", None)
+        settings = MeasureSettings.suited(where.type, limit, **changes)
     costs = _open_costs(Path(folder), source, str(base), settings, where, force)
     if costs.expected is not None and len(costs.table) >= costs.expected:
         return costs
@@ -101,9 +103,10 @@ def _open_costs(
                 f"{folder} holds costs measured with other settings ({', '.join(changed)}); choose another folder, or "
                 "replace them with --force"
             )
+        found.save_rows(folder)  # without a row that was cut off while it was written
         return found
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "costs.jsonl").write_text("")
+    fresh.save_rows(folder)
     fresh.save_header(folder)
     return fresh
 
@@ -166,12 +169,9 @@ class Measurement:
         windows = [(i, LayerPlan(kind="window")) for i in layers]
         self._measure(windows, progress, "Measuring windows")
         readers = [(i, choice) for i in layers for choice in self._readers(i, layers)]
-        wanted = windows if "window" in settings.kinds else []
         costs.expected = len({(i, c.kind, c.source) for i, c in windows + readers})
         costs.save_header(self.folder)
         self._measure(readers, progress, "Measuring sources")
-        if not wanted:
-            costs.rows = [row for row in costs.rows if row.kind != "window"]
         costs.seconds = self.spent + time.monotonic() - self.began
         costs.save_header(self.folder)
 
@@ -219,7 +219,7 @@ class Measurement:
                 reader = RowReader(fitted, self.fit, keep=True)
                 for choice in choices:
                     row = self._cost(visit, fitted, reader, walk, choice)
-                    file.write(json.dumps(row.__dict__) + "\n")
+                    file.write(row.to_json() + "\n")
                     file.flush()
                     self.costs.add(row)
                     step(f"layer {row.layer} {choice}, KL {row.kl:.4f}")

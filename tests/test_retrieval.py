@@ -1,0 +1,81 @@
+"""Synthetic retrieval prompts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hyconvert.errors import DataError
+from hyconvert.retrieval import TASKS, by_task, make_prompts, mix_in, score_answers
+
+
+@pytest.fixture
+def text() -> torch.Tensor:
+    return torch.randint(10, 90, (3, 2048), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_answer_is_found_in_the_text_before_it(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    prompts = make_prompts(text, tiny_tokenizer, questions=2, decoys=2)
+    assert prompts.tokens.shape == text.shape
+    assert {a.task for a in prompts.answers} == set(TASKS)
+    for answer in prompts.answers:
+        row, end = prompts.tokens[answer.row].tolist(), prompts.text_end[answer.row]
+        assert end <= answer.start < answer.end <= len(row)
+        asked = tiny_tokenizer.decode(row[answer.start : answer.end])
+        before = tiny_tokenizer.decode(row[:end])
+        if answer.task == "copy":
+            assert asked in before
+        else:
+            assert all(value in before for value in asked.strip(" .").split(" and "))
+
+
+def test_facts_lie_where_they_were_asked_to(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    prompts = make_prompts(text, tiny_tokenizer, tasks=("needle",), questions=1, decoys=4, depths=[0.1, 0.9])
+    for answer in prompts.answers:
+        value = tiny_tokenizer.decode(prompts.tokens[answer.row, answer.start : answer.end]).strip(" .")
+        body = tiny_tokenizer.decode(prompts.tokens[answer.row, : prompts.text_end[answer.row]])
+        assert abs(body.index(value) / len(body) - answer.depth) < 0.2
+    assert [a.depth for a in prompts.answers] == [0.1, 0.9, 0.1]
+
+
+def test_decoys_share_words_with_what_is_asked(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    prompts = make_prompts(text[:1], tiny_tokenizer, tasks=("needle",), questions=4, decoys=8)
+    body = tiny_tokenizer.decode(prompts.tokens[0, : prompts.text_end[0]])
+    names = [part.split(" is ")[0].split() for part in body.split("The code of the ")[1:]]
+    assert len(names) == 12
+    for first, second in names:
+        assert sum(first == a or second == b for a, b in names) > 1
+
+
+def test_the_seed_decides(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    one, same, other = (make_prompts(text, tiny_tokenizer, questions=1, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(one.tokens, same.tokens) and one.answers == same.answers
+    assert not torch.equal(one.tokens, other.tokens)
+
+
+def test_a_model_that_knows_scores_zero_and_exact(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    prompts = make_prompts(text, tiny_tokenizer, questions=1, decoys=1)
+    after = torch.cat((prompts.tokens[:, 1:], prompts.tokens[:, :1]), 1)
+    knows = score_answers(
+        prompts, lambda row: torch.nn.functional.one_hot(after[row], 100).float() * 50, lambda x: x
+    )
+    assert all(score.nll < 1e-6 and score.exact == 1 for score in knows)
+    blind = by_task(prompts, score_answers(prompts, lambda row: torch.zeros(2048, 100), lambda x: x))
+    assert blind["needle"].nll == pytest.approx(torch.tensor(100.0).log().item())
+    assert blind["copy"].exact == 0
+
+
+def test_only_a_share_of_long_rows_becomes_prompts(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    rows = torch.cat((text, text))[:4]
+    mixed = mix_in(rows, tiny_tokenizer, 0.5)
+    changed = [bool((a != b).any()) for a, b in zip(rows, mixed, strict=True)]
+    assert changed == [False, True, False, True]
+    assert torch.equal(mix_in(rows, tiny_tokenizer, 0.0), rows)
+    assert torch.equal(mix_in(rows[:, :512], tiny_tokenizer, 1.0), rows[:, :512])
+
+
+def test_no_room_and_too_many_facts_are_refused(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="longer sequences, or fewer questions"):
+        make_prompts(text[:, :300], tiny_tokenizer)
+    with pytest.raises(DataError, match="too many"):
+        make_prompts(text, tiny_tokenizer, questions=100)
