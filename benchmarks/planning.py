@@ -73,7 +73,7 @@ def plans(costs: Costs, config: Any, evaluator: JointEvaluator, full: int) -> di
     layers = costs.num_layers
     window = sorted(range(layers), key=lambda i: -costs.table[i, "window", None].damage())
     budget = Budget(full_layers=full)
-    steps = [round(i * (layers - 1) / (full - 1)) for i in range(full)]
+    steps = [round(i * (layers - 1) / (full - 1)) for i in range(full)]  # the first and the last layer full
     found = {
         "measured, mixed": solve(costs, config, budget).plan,
         "measured, sparse only": solve(
@@ -118,6 +118,8 @@ class Held:
             losses = [nll_of_hidden(model, h, row.to(h.device)) for h, row in zip(hidden, rows, strict=True)]
             result[f"ppl {name}"] = math.exp(sum(losses) / len(losses))
         hidden = evaluator.hidden(plan, self.prompts.tokens)
+        reading = evaluator.yardstick.read(hidden)
+        result["kl"], result["damage"] = reading.kl, evaluator.weigh(reading)
         scores = score_answers(self.prompts, lambda row: hidden[row], model.lm_head)
         for task, score in by_task(self.prompts, scores).items():
             result[f"{task} nll"], result[f"{task} exact"] = score.nll, score.exact
@@ -135,6 +137,13 @@ def main() -> None:
     parser.add_argument("--costs", default="costs", help="folder for the costs")
     parser.add_argument("--kinds", nargs="+", default=["window", "sparse"])
     parser.add_argument("--full", type=int, nargs="+", default=[5, 7, 10])
+    parser.add_argument(
+        "--frontier",
+        type=int,
+        nargs="*",
+        default=[2, 3, 4, 6, 8, 9, 12, 15, 20],
+        help="more of the measured plan",
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument(
@@ -183,13 +192,14 @@ def main() -> None:
         )  # fmt: skip
         fit = mix_in(fit, tokenizer, share)
         evaluator = None  # frees the last one first
-        evaluator = JointEvaluator(source, settings, fit, make_prompts(fit[:2], tokenizer), device)
         held = held or Held(tokenizer, options.data, options.tokens, options.length)
+        evaluator = JointEvaluator(source, settings, fit, held.prompts, device)
         if not rows:
             rows.append({"plan": "base", "device": card, **held(evaluator, None)})
             print(rows[0], flush=True)
-        for full in options.full:
-            contenders = plans(costs, config, evaluator, full)
+        for full in sorted({*options.full, *options.frontier}):
+            contenders = plans(costs, config, evaluator, full) if full in options.full else {}
+            contenders["measured, mixed"] = solve(costs, config, Budget(full_layers=full)).plan
             if full in refined:
                 contenders["measured, mixed, refined"] = refined[full]
             for name, plan in contenders.items():
@@ -202,7 +212,7 @@ def main() -> None:
                 ratios = [f"{row[k] / rows[0][k]:.3f}" for k in row if k.startswith("ppl")]
                 print(
                     f"{tokens:>7} {share} {full:3} {name:26} {row['predicted']:7.3f} {ratios} "
-                    f"copy {row['copy nll']:.3f} needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
+                    f"damage {row['damage']:.3f} copy {row['copy nll']:.3f} needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
                     flush=True,
                 )
 
