@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hyconvert.conversion import Calibration, ConversionReport, convert
 from hyconvert.errors import HealError, RecipeError
 from hyconvert.heal.report import HealReport
 from hyconvert.heal.run import heal
@@ -69,8 +70,6 @@ def run_recipe(
     Raises:
         HyconvertError: something cannot be used.
     """
-    from hyconvert.conversion import Calibration, convert
-
     name = base or recipe.base
     if recipe.convert is None or name is None:
         missing = "section 'convert'; heal a converted model with `hyconvert heal --recipe`"
@@ -79,18 +78,7 @@ def run_recipe(
         )
     converted = out.with_name(f"{out.name}-converted")
     if force or not (converted / "config.json").is_file():
-        settings = recipe.convert.model_dump(exclude={"calibration"}, exclude_none=True)
-        calibration = Calibration(**recipe.convert.calibration.model_dump())
-        convert(
-            name,
-            converted,
-            calibration=calibration,
-            device=device,
-            force=force,
-            command=command,
-            progress=progress,
-            **settings,
-        )
+        convert_by(recipe, name, converted, device=device, force=force, command=command, progress=progress)
     return heal(
         converted,
         out,
@@ -101,3 +89,18 @@ def run_recipe(
         command=command,
         progress=progress,
     )
+
+
+def convert_by(recipe: Recipe, base: str, out: Path, **options: Any) -> ConversionReport:
+    """Convert a base as the section `convert` of a recipe says.
+
+    Args:
+        recipe: with that section.
+        base: to convert.
+        out: the folder to write.
+        **options: `device`, `force`, `command` and `progress` of `hyconvert.convert`.
+    """
+    assert recipe.convert is not None
+    settings = recipe.convert.model_dump(exclude={"calibration"}, exclude_none=True)
+    calibration = Calibration(**recipe.convert.calibration.model_dump())
+    return convert(base, out, calibration=calibration, **settings, **options)
