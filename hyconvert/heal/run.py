@@ -23,6 +23,7 @@ from hyconvert.heal.output import write_companions, write_weights
 from hyconvert.heal.report import HealReport
 from hyconvert.heal.states import States
 from hyconvert.heal.tokens import TokenStream, build_streams
+from hyconvert.inspection import read_config
 from hyconvert.progress import Progress, silent
 from hyconvert.recipe import HealRecipe
 
@@ -66,7 +67,8 @@ def heal(
         HyconvertError: the input cannot be used, the loss is no longer finite, or the disk is full. `out` is then as it
             was, and the last saved state is kept.
     """
-    accelerator = accelerator_of(recipe, device, out)
+    experts = hasattr(read_config(str(path)), "num_experts")
+    accelerator = accelerator_of(recipe, device, out, may_skip=experts or recipe.layerwise is not None)
     main = accelerator.is_main_process
     check_processes(recipe, accelerator)
     checked = check(path, recipe, accelerator.device)
@@ -116,8 +118,15 @@ def heal(
     return report
 
 
-def accelerator_of(recipe: HealRecipe, device: str, out: str | Path) -> Any:
-    """What prepares, reduces and saves: one process, DDP or FSDP, as the environment says."""
+def accelerator_of(recipe: HealRecipe, device: str, out: str | Path, may_skip: bool = False) -> Any:
+    """What prepares, reduces and saves: one process, DDP or FSDP, as the environment says.
+
+    Args:
+        recipe: precision, tracker and seed.
+        device: where, in a single process.
+        out: beside which a tracker logs.
+        may_skip: a step may leave parameters without a gradient: experts without tokens, or the stage layerwise.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
@@ -133,8 +142,7 @@ def accelerator_of(recipe: HealRecipe, device: str, out: str | Path) -> Any:
         log_with=recipe.tracker,
         project_dir=str(Path(out).with_name(f"{Path(out).name}.log")) if recipe.tracker else None,
         kwargs_handlers=[
-            # The stage layerwise and experts without tokens leave parameters without a gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+            DistributedDataParallelKwargs(find_unused_parameters=may_skip, broadcast_buffers=False)
         ],
     )
     set_seed(recipe.seed)
