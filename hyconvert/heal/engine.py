@@ -229,10 +229,14 @@ class Engine:
             raise HealError(
                 f"the held-out loss is not finite at step {record.step}; use a lower --lr (and --restart)"
             )
+        told = len(record.warnings)
         self._warn_of_collapse(row)
         record.heldout.append(row)
         self.accelerator.log({"heldout_kl": kl, "heldout_perplexity": row["perplexity"]}, step=record.step)
-        return f"held out KL {kl:.4f}, perplexity {row['perplexity']:.2f}"
+        note = f"held out KL {kl:.4f}, perplexity {row['perplexity']:.2f}"
+        if shown := row["sparse_share"].values():
+            note += f", sparse share {min(shown):.0%} to {max(shown):.0%}"
+        return "; ".join([note, *record.warnings[told:]])
 
     def _warn_of_collapse(self, row: dict[str, Any]) -> None:
         if not self.record.heldout:
