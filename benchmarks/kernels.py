@@ -49,14 +49,16 @@ def ceilings() -> tuple[float, float]:
     return copy, 2 * 8192**3 / timed(lambda: a @ b) * 1e3
 
 
-def selection(length: int, keep: float, seed: int = 0) -> torch.Tensor:
-    """Random eligible blocks ``[1,G,T,K]``; each slot keeps its predecessor's block with probability ``keep``.
+def selection(
+    length: int, keep: float, seed: int = 0, *, batch: int = 1, groups: int = G, topk: int = TOPK
+) -> torch.Tensor:
+    """Random eligible blocks ``[B,G,T,K]``; each slot keeps its predecessor's block with probability ``keep``.
 
     Kept blocks model neighbouring queries that want the same blocks; ``keep = 0`` is the worst case of the tile union.
     """
     gen = torch.Generator(device="cuda").manual_seed(seed)
-    fresh = torch.rand(1, G, length, TOPK, device="cuda", generator=gen)
-    renew = torch.rand(1, G, length, TOPK, device="cuda", generator=gen) >= keep
+    fresh = torch.rand(batch, groups, length, topk, device="cuda", generator=gen)
+    renew = torch.rand(batch, groups, length, topk, device="cuda", generator=gen) >= keep
     t = torch.arange(length, device="cuda")[:, None]
     origin = torch.where(renew, t, 0).cummax(2).values
     eligible = ((t - WINDOW) // BLOCK + 1).clamp(min=0)
@@ -161,6 +163,58 @@ def decode(
         )  # fmt: skip
 
 
+class Table:
+    """Timings beside this card's ceilings, printed and saved row by row, so that a run that is cut loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bandwidth, self.rate = ceilings()
+        self.rows: list[dict] = []
+        self.header = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "copy_bytes_per_s": self.bandwidth, "bf16_flops_per_s": self.rate,
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(
+            f"{self.header['device']}: copy {self.bandwidth / 1e12:.2f} TB/s, bfloat16 product "
+            f"{self.rate / 1e12:.0f} TFLOP/s"
+        )
+
+    def floor(self, operations: float, moved: float) -> float:
+        """Least milliseconds for so many operations and bytes."""
+        return 1e3 * max(operations / self.rate, moved / self.bandwidth)
+
+    def record(
+        self, name: str, length: int, least: float, function: Callable, graph: bool = False, **more: float
+    ) -> None:
+        """Time ``function``; a failure is a row too."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            function()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+            ms = timed(function, graph)
+        except Exception as error:
+            print(f"{name:34} {length:7} failed: {type(error).__name__}: {str(error)[:100]}", flush=True)
+            self.rows.append({"name": name, "length": length, "error": str(error)[:300]})
+            self.save()
+            return
+        self.rows.append(
+            {"name": name, "length": length, "ms": ms, "floor_ms": least, "peak_bytes": peak, **more}
+        )
+        extra = " ".join(f"{key} {value:.1f}" for key, value in more.items())
+        share = least / ms if ms else math.nan
+        print(
+            f"{name:34} {length:7} {ms:9.4f} ms  floor {least:8.4f} ({share:4.0%})  {peak / 1e6:7.0f} MB {extra}",
+            flush=True,
+        )
+        self.save()
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps({**self.header, "rows": self.rows}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -177,42 +231,8 @@ def main() -> int:
     if bad:
         print("a check failed, so nothing is timed:", *bad, sep="\n  ", file=sys.stderr)
         return 1
-    bandwidth, rate = ceilings()
-    card = torch.cuda.get_device_name()
-    print(f"{card}: copy {bandwidth / 1e12:.2f} TB/s, bfloat16 product {rate / 1e12:.0f} TFLOP/s")
-    rows: list[dict] = []
-    result = {
-        "device": card, "torch": torch.__version__, "triton": triton.__version__, "copy_bytes_per_s": bandwidth,
-        "bf16_flops_per_s": rate, "rows": rows,
-    }  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-
-    def floor(operations: float, moved: float) -> float:
-        return 1e3 * max(operations / rate, moved / bandwidth)
-
-    def record(
-        name: str, length: int, least: float, function: Callable, graph: bool = False, **more: float
-    ) -> None:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        try:
-            function()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-            ms = timed(function, graph)
-        except Exception as error:
-            print(f"{name:34} {length:7} failed: {type(error).__name__}: {str(error)[:100]}", flush=True)
-            rows.append({"name": name, "length": length, "error": str(error)[:300]})
-            return
-        rows.append({"name": name, "length": length, "ms": ms, "floor_ms": least, "peak_bytes": peak, **more})
-        extra = " ".join(f"{key} {value:.1f}" for key, value in more.items())
-        share = least / ms if ms else math.nan
-        print(
-            f"{name:34} {length:7} {ms:9.4f} ms  floor {least:8.4f} ({share:4.0%})  {peak / 1e6:7.0f} MB {extra}",
-            flush=True,
-        )
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-
+    table = Table(args.json)
+    floor, record = table.floor, table.record
     for length in args.lengths:
         prefill(length, floor, record)
         torch.cuda.empty_cache()
