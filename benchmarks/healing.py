@@ -10,6 +10,7 @@ same loop with the same settings, for its tokens per second. Rows are printed an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
@@ -63,7 +64,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                         help="settings of the recipe, such as distill.lr=1e-3 lr_scale.rest=0.1")  # fmt: skip
-    parser.add_argument("--keep", help="folder to keep the healed models in")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[None], help="distill.lr, one run of each variant per value"
+    )
+    parser.add_argument("--keep", help="folder to keep the models in; a conversion found there is used again")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/healing.json")
     options = parser.parse_args()
@@ -73,7 +77,12 @@ def main() -> None:
     held = Held(options)
     base = base_quality(options, held)
     print(f"base: {base}", flush=True)
-    for variant in options.variants:
+    for variant, lr in itertools.product(options.variants, options.lr):
+        if lr is not None:
+            options.set = [
+                *(item for item in options.set if not item.startswith("distill.lr=")),
+                f"distill.lr={lr}",
+            ]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
         row = (
@@ -213,32 +222,35 @@ def heal_variant(options: Any, variant: str, texts: list[str], held: Held) -> di
     progress = silent if options.quiet else on_stderr
     device = str(pick_device("auto"))
     with tempfile.TemporaryDirectory() as folder:
-        converted, out = Path(folder, "converted"), Path(options.keep or folder, f"healed-{variant}")
+        place = Path(options.keep or folder)
+        converted, out = place / f"converted-{variant}", place / f"healed-{variant}"
         began = time.monotonic()
-        report = convert(
-            options.model,
-            converted,
-            align_layers=variant != "unaligned",
-            calibration=Calibration(
-                options.calibration, options.calibration_tokens, min(2048, options.length)
-            ),
-            topk=options.topk,
-            progress=silent,
-            **plan_of(options, variant),
-        )
+        if not converted.exists():
+            convert(
+                options.model,
+                converted,
+                align_layers=variant != "unaligned",
+                calibration=Calibration(
+                    options.calibration, options.calibration_tokens, min(2048, options.length)
+                ),
+                topk=options.topk,
+                progress=silent,
+                **plan_of(options, variant),
+            )
+        plan = Plan.load(converted / "plan.json")
         seconds = time.monotonic() - began
         before = measured(load(converted, device=device), held)
-        print(f"{variant}: {report.plan.line}; converted in {seconds:.0f} s: {before}", flush=True)
+        print(f"{variant}: {plan.line}; converted in {seconds:.0f} s: {before}", flush=True)
         healed = heal(
             converted, out, recipe_of(options), texts=texts, device=device, force=True, progress=progress
         )
         after = measured(load(out, device=device), held)
     return {
-        "plan": report.plan.line,
-        "gate": report.plan.gate,
-        "topk": report.plan.topk,
-        "window": report.plan.window,
-        "block_size": report.plan.block_size,
+        "plan": plan.line,
+        "gate": plan.gate,
+        "topk": plan.topk,
+        "window": plan.window,
+        "block_size": plan.block_size,
         "tokens": healed.record.tokens,
         "converted": before,
         "healed": after,

@@ -27,7 +27,7 @@ def heal(
     out: Out,
     data: Annotated[
         str | None,
-        typer.Option(help="Text to train on: file, folder, Hub dataset, pydoc or stdlib-docstrings."),
+        typer.Option(help="Text to train on: file, folder, Hub dataset, pydoc or stdlib-packages."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Its text column.  [default: text]")] = None,
     chat: Annotated[

@@ -16,6 +16,8 @@ BUILTIN = "pydoc"
 """Name of the built-in calibration text: the Python language reference (`pydoc_data.topics`), 0.5 MB of prose."""
 BUILTIN_HELDOUT = "stdlib-docstrings"
 """Name of the built-in text to measure on: module, class and function docstrings of the standard library."""
+BUILTIN_TRAIN = "stdlib-packages"
+"""Name of a built-in text to heal on: the same of the standard library's packages, none of which is in the other."""
 
 _FORMATS = {
     ".jsonl": "lines",
@@ -33,7 +35,7 @@ def read_texts(source: str | None, *, column: str = "text") -> Iterator[str]:
 
     Args:
         source: a file (.txt, .md, .rst, .jsonl, .json, .parquet, also .xz, .gz, .zst, .bz2), a folder of such files, a
-            Hub dataset id, `pydoc` or `stdlib-docstrings`; None means `pydoc`.
+            Hub dataset id, `pydoc`, `stdlib-docstrings` or `stdlib-packages`; None means `pydoc`.
         column: the column that holds the text, for formats with columns.
 
     Raises:
@@ -59,7 +61,9 @@ def read_rows(
     if source is None or source == BUILTIN:
         yield from _pydoc_topics()
     elif source == BUILTIN_HELDOUT:
-        yield from _stdlib_docstrings()
+        yield from _stdlib_docstrings("*.py")
+    elif source == BUILTIN_TRAIN:
+        yield from _stdlib_docstrings("*/**/*.py")
     else:
         yield from _column(source, column, subset, split)
 
@@ -106,11 +110,14 @@ def _pydoc_topics() -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics))
 
 
-def _stdlib_docstrings() -> Iterator[str]:
+def _stdlib_docstrings(pattern: str) -> Iterator[str]:
     import ast
     import sysconfig
 
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.glob(pattern)):
+        if not {"site-packages", "dist-packages", "test", "tests"}.isdisjoint(path.relative_to(root).parts):
+            continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):

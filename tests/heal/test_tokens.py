@@ -108,6 +108,16 @@ def test_chats_that_cannot_be_masked_are_refused(tiny_tokenizer: Any) -> None:
         tokenised_chat(chat, rewriting, "chats")
 
 
+def test_the_built_in_text_to_heal_on_is_not_the_one_to_measure_on() -> None:
+    import itertools
+
+    from hyconvert.data import read_texts
+
+    train = set(itertools.islice(read_texts("stdlib-packages"), 20))
+    held = set(itertools.islice(read_texts("stdlib-docstrings"), 20))
+    assert len(train) == len(held) == 20 and not train & held
+
+
 def test_short_and_empty_text_is_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="holds 30 tokens, of which 16 are held out"):
         build_streams(["a" * 14, "b" * 14], tiny_tokenizer, tokens=100, heldout=16, length=16)
