@@ -91,7 +91,13 @@ def heal(
             accelerator.init_trackers("hyconvert")
         plan, states = checked.config.get_plan(), States(work, accelerator)
         engine = Engine(accelerator, healing, recipe, plan, train, held, states)
-        record = engine.run(progress if main else silent)
+        try:
+            record = engine.run(progress if main else silent)
+        except torch.OutOfMemoryError as error:
+            raise HealError(
+                "the GPU's memory is full; use a smaller --micro-tokens (which changes no result but for rounding), or "
+                "--gradient-checkpointing"
+            ) from error
         report = HealReport(
             str(path),
             str(out),

@@ -150,6 +150,17 @@ def test_a_full_disk_keeps_the_last_good_state(
     assert out.is_dir()
 
 
+def test_a_full_gpu_says_what_helps(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "_step", full)
+    with pytest.raises(HealError, match="--micro-tokens"):
+        heal(converted, tmp_path / "out", recipe(), device="cpu")
+
+
 def test_another_command_does_not_go_on_with_an_unfinished_run(
     converted: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
