@@ -229,25 +229,32 @@ class Warm:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
 
 
+PLOTTED = (
+    "SDPA flash", "SDPA cuDNN", "oracle with top-k", "sparse layer, independent", "sparse layer, correlated", "window",
+    "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "sparse layer backward", "window backward",
+    "FlexAttention", "FlexAttention backward",
+)  # fmt: skip
+
+
 def plot(source: Path, target: Path) -> None:
-    """Time against length, on logarithmic axes."""
+    """Time against length, on logarithmic axes, of the rows named in `PLOTTED` that were timed at several lengths."""
     from matplotlib import pyplot
 
     found = json.loads(source.read_text())
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[int, float]]] = {name: [] for name in PLOTTED}
     for row in found["rows"]:
-        if "ms" in row and "B=" not in row["name"]:
-            lines.setdefault(row["name"], []).append((row["length"], row["ms"]))
+        if "ms" in row and row["name"] in lines:
+            lines[row["name"]].append((row["length"], row["ms"]))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for name, points in lines.items():
         if len(points) > 1:
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=found["device"])
     ticks = sorted({length for points in lines.values() for length, _ in points})
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=found["device"])
     axes.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
     figure.tight_layout()
     figure.savefig(target)
 

@@ -108,9 +108,9 @@ def test_gradients_equal_the_float64_reference(op, case):
     assert_close(got, want)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["oracle", "merge"])  # the latter runs through sparse and window too
 def test_the_backward_repeats_itself_bit_for_bit(op):
-    case = Case("packed", length=40)
+    case = Case("packed", heads=2, groups=1, length=35)
     first, second = (case.gradients(op, "triton") for _ in range(2))
     assert all(x is None or torch.equal(x, second[name]) for name, x in first.items())
 
@@ -142,27 +142,28 @@ def test_a_shared_union_gives_the_same_gradients():
 def registered(case):
     """Every differentiable op with arguments for it."""
     q, q_far, k, v, *_, gate = (x.to(DEVICE).requires_grad_() for x in case.tensors.values())
-    shape = {"slots": k.shape[2], "block_size": 16, "window": 9, "ratio": 3}
+    window = case.near["window"]
+    shape = {"slots": k.shape[2], "block_size": 16, "window": window, "ratio": 2}
     union = kernels.tile_union(case.indices, *case.place, **shape, transposed=True)
     lse = case.outer_lse.to(DEVICE)
     ops = torch.ops.hyconvert
     return [
-        (ops.oracle_attention, (q, k, v, *case.place, 16, 9, True, 0.3)),
-        (ops.oracle_attention_topk, (q, k, v, *case.place, 16, 9, 2, 0.3)),
-        (ops.block_sparse_attention, (q, k, v, *union, *case.place, 16, 9, 0.3)),
-        (ops.window_attention, (q, k, v, *case.place, 9, 0.3)),
+        (ops.oracle_attention, (q, k, v, *case.place, 16, window, True, 0.3)),
+        (ops.oracle_attention_topk, (q, k, v, *case.place, 16, window, 1, 0.3)),
+        (ops.block_sparse_attention, (q, k, v, *union, *case.place, 16, window, 0.3)),
+        (ops.window_attention, (q, k, v, *case.place, window, 0.3)),
         (ops.merge_branches, (q, lse, q_far, lse, gate.detach().expand(lse.shape).clone().requires_grad_())),
     ]
 
 
 @pytest.mark.parametrize("at", range(5), ids=("oracle", "oracle topk", "sparse", "window", "merge"))
 def test_ops_are_registered_as_pytorch_wants_them(at):
-    op, arguments = registered(Case("packed", length=24))[at]
+    op, arguments = registered(Case(length=7, heads=2, groups=1, window=3, topk=1))[at]
     torch.library.opcheck(op.default, arguments)
 
 
 def test_a_layer_compiles_whole():
-    case = Case("packed", length=24)
+    case = Case(length=9, heads=2, groups=1, window=3)
     q, q_far, k, v, k_near, v_near, gate = (x.to(DEVICE).requires_grad_() for x in case.tensors.values())
 
     def layer(q, q_far, k, v, k_near, v_near, gate):
