@@ -155,16 +155,19 @@ def _causal_grad_kv(
     q_base = Q + row64 * sqb + group64 * R * sqh
     g_base = GRAD + row64 * sgb + group64 * R * sgh
     at = (row64 * G + group64) * R * T
+    # A pipelined loop computes its first addresses even if it has no step: a divisor of 0 would be undefined there, and
+    # the compiler could drop the predicate of those loads.
+    per_head, free_per_head = tl.maximum(masked, 1), tl.maximum(free, 1)
     for i in tl.range(0, R * masked, num_stages=STAGES):
-        r, j = (i // masked).to(tl.int64), i % masked
+        r, j = (i // per_head).to(tl.int64), i % per_head
         t0 = begin + tl.where(j < before, j, j + free) * BM
         acc_k, acc_v = _kv_step(
             k, v, acc_k, acc_v, q_base + r * sqh, g_base + r * sgh, LSE2 + at + r * T, DELTA + at + r * T, start_base,
             sqt, sgt, t0, end, keys, offset, window, scale_log2, BM, D, DP, True, PREC,
         )  # fmt: skip
     for i in tl.range(0, R * free, num_stages=STAGES):
-        r = (i // free).to(tl.int64)
-        t0 = begin + (before + i % free) * BM
+        r = (i // free_per_head).to(tl.int64)
+        t0 = begin + (before + i % free_per_head) * BM
         acc_k, acc_v = _kv_step(
             k, v, acc_k, acc_v, q_base + r * sqh, g_base + r * sgh, LSE2 + at + r * T, DELTA + at + r * T, start_base,
             sqt, sgt, t0, end, keys, offset, window, scale_log2, BM, D, DP, False, PREC,
