@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hyconvert import cli_heal, cli_planning
+from hyconvert import cli_eval, cli_heal, cli_planning
 from hyconvert.errors import PlanError
 from hyconvert.options import (
     Device,
@@ -175,38 +175,8 @@ def inspect(
     show(inspect_path(path), as_json)
 
 
-@app.command("eval")
-@user_facing
-def evaluate(
-    path: Annotated[str, typer.Argument(help="Converted model, folder or Hub id.")],
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base to compare with: Hub id, folder or .gguf.  [default: the recorded one]"),
-    ] = None,
-    data: Annotated[
-        str, typer.Option(help="Text to measure on: file, folder, Hub dataset or stdlib-docstrings.")
-    ] = "stdlib-docstrings",
-    column: Annotated[str, typer.Option(help="Text column of a dataset.")] = "text",
-    tokens: Annotated[int, typer.Option(min=64, help="Tokens to measure on.")] = 16_384,
-    sequence_length: SequenceLength = 2048,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Perplexity of a converted model and its base, side by side on the same tokens."""
-    from hyconvert.comparison import compare
-    from hyconvert.progress import on_stderr, silent
-
-    result = compare(
-        path,
-        base=base,
-        data=data,
-        column=column,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        device=device,
-        progress=silent if as_json else on_stderr,
-    )
-    show(result, as_json)
+app.command("eval")(cli_eval.evaluate)
+app.command()(cli_eval.chat)
 
 
 def main() -> None:

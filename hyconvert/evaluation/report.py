@@ -1,0 +1,138 @@
+"""An evaluation as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hyconvert.evaluate import human_bytes
+from hyconvert.evaluation.svg import Axis, bar_plot, heat_map, line_plot, span_of
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_KINDS = {"F": "full", "S": "sparse", "R": "reuse", "W": "window", "L": "sliding"}
+KIND_TITLES = {
+    "single": "One needle",
+    "multikey": "A needle among decoys",
+    "multivalue": "Two values of one key",
+    "copy": "A copied passage",
+}
+
+
+def render_page(data: dict[str, Any]) -> str:
+    """The page of an evaluation.
+
+    Args:
+        data: `Evaluation.to_dict()`, or the JSON file that was written with a page.
+    """
+    page: str = _template().render(
+        d=data,
+        layers=layer_map(data["line"]),
+        figures=figures(data),
+        kind_titles=KIND_TITLES,
+        task_rows=task_rows(data["tasks"]),
+        human_bytes=human_bytes,
+    )
+    return page
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def layer_map(line: str) -> list[dict[str, Any]]:
+    """Layers of a layer-map line: index, kind, and source if there is one."""
+    layers: list[dict[str, Any]] = []
+    for part in line.split():
+        name, _, count = part.partition("*")
+        for _ in range(int(count or 1)):
+            layers.append({"index": len(layers), "kind": _KINDS[name[0]], "source": name[1:], "name": name})
+    return layers
+
+
+def figures(data: dict[str, Any]) -> dict[str, Any]:
+    """Every plot as SVG by name; those without data are left out. `needles` holds one per kind and model."""
+    found: dict[str, Any] = {"kv": _kv_plot(data["kv"])}
+    if data["text"]:
+        found["loss"] = _loss_plot(data["text"]["curve"])
+    if data["lookup"]:
+        found["needles"] = _needle_maps(data["lookup"])
+    shares = (data["branches"] or {}).get("shares")
+    if shares:
+        found["shares"] = bar_plot(
+            "Share of the sparse branch by layer",
+            Axis("share of the sparse branch", 0.0, 1.0),
+            {str(layer): share for layer, share in shares.items()},
+        )
+        alone = [row for row in data["branches"]["ablations"] if row["layer"] is not None]
+        if alone:
+            whole = data["branches"]["ablations"][0]["nll"]
+            rises = {str(row["layer"]): row["nll"] - whole for row in alone}
+            low, high = span_of([0.0, *rises.values()])
+            found["ablation"] = bar_plot(
+                "Loss without the sparse branch of one layer",
+                Axis("rise of the loss, nats", min(0.0, low), high),
+                {k: max(0.0, v) for k, v in rises.items()},
+            )
+    return found
+
+
+def _loss_plot(curve: dict[str, list[float]]) -> str:
+    series = {name: list(zip(curve["position"], curve[name], strict=True)) for name in ("base", "converted")}
+    low, high = span_of(curve["base"] + curve["converted"])
+    first, last = curve["position"][0], curve["position"][-1]
+    x = Axis("position, tokens", max(1.0, first), max(last, first + 1), log=True)
+    return line_plot("Loss by position", x, Axis("loss, nats per token", max(0.0, low), high), series)
+
+
+def _kv_plot(kv: dict[str, Any]) -> str:
+    scale = 1 << 20
+    series = {
+        name: [(context, size / scale) for context, size in zip(kv["contexts"], kv[name], strict=True)]
+        for name in ("base", "converted")
+    }
+    values = [value for points in series.values() for _, value in points]
+    x = Axis("context, tokens", kv["contexts"][0], kv["contexts"][-1], log=True)
+    y = Axis("KV cache, MiB", min(values), max(values), log=True)
+    return line_plot("KV cache against context", x, y, series, dots=True)
+
+
+def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
+    """Heat maps of exact answers by depth and length: one per kind of question, for both models."""
+    maps = []
+    for kind in ("single", "multikey", "multivalue", "copy"):
+        cells = [cell for cell in lookup["cells"] if cell["kind"] == kind]
+        if not cells:
+            continue
+        lengths = sorted({cell["length"] for cell in cells})
+        depths = sorted({cell["depth"] for cell in cells})
+        entry: dict[str, Any] = {"title": KIND_TITLES[kind]}
+        for model in ("base", "converted"):
+            table = {(cell["length"], cell["depth"]): cell[model]["exact"] for cell in cells}
+            entry[model] = heat_map(
+                f"{KIND_TITLES[kind]}, {model}: share of exact answers by depth and length",
+                [f"{length:,}" for length in lengths],
+                [f"{depth:.0%}" for depth in depths],
+                [[table.get((length, depth)) for length in lengths] for depth in depths],
+            )
+        maps.append(entry)
+    return maps
+
+
+def task_rows(tasks: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Standard tasks as rows of both models' numbers."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, found in (tasks or {}).items():
+        for task, metrics in found.items():
+            for metric, value in metrics.items():
+                rows.setdefault((task, metric), {"task": task, "metric": metric})[model] = value
+    return list(rows.values())

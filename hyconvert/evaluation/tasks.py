@@ -1,0 +1,105 @@
+"""Standard tasks through lm-evaluation-harness, `pip install 'hyconvert[tasks]'`.
+
+A converted model is a Transformers model with left padding and batches like any other, so the harness's own `hf` model
+takes it as it is, and `lm_eval --model hf --model_args pretrained=OUT,trust_remote_code=True` works as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from hyconvert.errors import HyconvertError
+from hyconvert.evaluation.models import load_pair
+from hyconvert.progress import Progress, silent
+
+RULER_LENGTH = 4096
+"""Tokens of RULER's prompts, unless the model ends earlier."""
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse what cannot be run before anything is loaded.
+
+    Raises:
+        HyconvertError: the harness is not installed, or no task is named.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise HyconvertError(
+            "--tasks needs lm-evaluation-harness, which is not installed; pip install 'hyconvert[tasks]'"
+        )
+    if not tasks:
+        raise HyconvertError("--tasks names no task; give some, such as --tasks niah_single_1,vt")
+
+
+def run_tasks(
+    path: str,
+    base: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    length: int = RULER_LENGTH,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Results of tasks for a converted model and its base.
+
+    Args:
+        path, base: the two.
+        tasks: names of tasks, groups or tags of the harness.
+        limit: examples per task; None for all.
+        batch_size: prompts per batch, padded on the left.
+        length: tokens of prompts, for tasks that make them (RULER's).
+        device, dtype: of both models.
+        progress: told about each model.
+
+    Returns:
+        Metrics by model and task.
+
+    Raises:
+        HyconvertError: the harness is not installed, or a task cannot be had.
+    """
+    check_tasks(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    pair = load_pair(path, base=base, device=device, dtype=dtype)
+    limited = getattr(pair.base.config, "max_position_embeddings", None) or length
+    metadata = {"pretrained": path, "max_seq_lengths": [min(length, limited)]}
+    found = {}
+    with progress("Running tasks", total=2) as step:
+        for name, model in pair.models.items():
+            lm = HFLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=batch_size, backend="causal")
+            try:
+                results = lm_eval.simple_evaluate(
+                    model=lm, tasks=list(tasks), limit=limit, batch_size=batch_size, metadata=metadata,
+                    bootstrap_iters=0, log_samples=False,
+                )  # fmt: skip
+            except (KeyError, ValueError, ConnectionError, OSError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise HyconvertError(
+                    f"the tasks {', '.join(tasks)} cannot be run ({type(error).__name__}: {reason}); check their names "
+                    "with lm_eval ls tasks, and whether their data must be downloaded"
+                ) from error
+            found[name] = metrics_of(results)
+            step(name)
+    return found
+
+
+def metrics_of(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Numbers by task from what the harness returns; errors and lengths that were not run (-1) are left out."""
+    tasks = {}
+    for task, metrics in results["results"].items():
+        numbers = {
+            key.removesuffix(",none"): float(value)
+            for key, value in metrics.items()
+            if isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and "stderr" not in key
+            and key not in ("alias", "sample_len", "name")
+            and value != -1
+        }
+        tasks[task] = numbers
+    return tasks
