@@ -212,7 +212,8 @@ def main() -> None:
                 ratios = [f"{row[k] / rows[0][k]:.3f}" for k in row if k.startswith("ppl")]
                 print(
                     f"{tokens:>7} {share} {full:3} {name:26} {row['predicted']:7.3f} {ratios} "
-                    f"damage {row['damage']:.3f} copy {row['copy nll']:.3f} needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
+                    f"damage {row['damage']:.3f} copy {row['copy nll']:.3f} "
+                    f"needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
                     flush=True,
                 )
 

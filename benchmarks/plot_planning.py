@@ -38,7 +38,7 @@ def main() -> None:
     left.plot(ends, ends, color="grey", lw=0.8)
     left.set(xscale="log", yscale="log", xlabel="summed damage of single layers (nats)",
              ylabel="damage of the whole plan, held-out (nats)", title=f"rank correlation {rank:.2f}")  # fmt: skip
-    right.set(yscale="log", xlabel="full layers of 30", ylabel="perplexity / base, held-out technical text")
+    right.set(xlabel="full layers of 30", ylabel="perplexity / base, held-out technical text")
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "planning.svg")
