@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def run_recipe(
         missing = "section 'convert'; heal a converted model with `hyconvert heal --recipe`"
         raise HealError(
             f"the recipe has no {missing if recipe.convert is None else 'base; name one with --base'}"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise HealError(
+            "run converts, which is for one process; launch `hyconvert heal --recipe` on its result instead"
         )
     converted = out.with_name(f"{out.name}-converted")
     if force or not (converted / "config.json").is_file():

@@ -149,7 +149,7 @@ def test_options_go_over_a_recipe(converted: Path, tmp_path: Path) -> None:
         heal_recipe(str(converted), None, {"data": {"source": None}}, nothing)
 
 
-def test_a_recipe_that_cannot_run(tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("heal: {data: {source: x}, distill: {tokens: 8M}}")
     with pytest.raises(HealError, match="no section 'convert'"):
@@ -157,3 +157,6 @@ def test_a_recipe_that_cannot_run(tmp_path: Path) -> None:
     path.write_text("convert: {uniform: 3}\nheal: {data: {source: x}, distill: {tokens: 8M}}")
     with pytest.raises(HealError, match="--base"):
         run_recipe(Recipe.load(path), tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HealError, match="one process"):
+        run_recipe(Recipe.load(path), tmp_path / "out", base="x")
