@@ -79,7 +79,7 @@ def run_recipe(
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise HealError(
-            "run converts, which is for one process; launch `hyconvert heal --recipe` on its result instead"
+            "run converts, which is for one process; launch `hyconvert heal --recipe` on its result"
         )
     converted = out.with_name(f"{out.name}-converted")
     if force or not (converted / "config.json").is_file():
