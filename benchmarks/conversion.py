@@ -57,7 +57,7 @@ def main() -> None:
                     full_layers=FULL_LAYERS,
                     topk=8,
                     align_layers=tokens is not None,
-                    calibration=Calibration(text, tokens or 0, length),
+                    calibration=Calibration(text, tokens or 0, length, retrieval=0.0),
                 )
                 seconds = time.monotonic() - began
                 for data in options.data:

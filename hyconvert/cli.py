@@ -76,6 +76,9 @@ def convert(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=64, help="Tokens to align on.")] = 65_536,
     calibration_column: Annotated[str, typer.Option(help="Text column of a dataset.")] = "text",
+    calibration_retrieval: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of it with synthetic facts and repeats strewn in.")
+    ] = 0.5,
     sequence_length: SequenceLength = 2048,
     align: Annotated[bool, typer.Option("--align/--no-align", help="Align in closed form.")] = True,
     dtype: Annotated[
@@ -132,7 +135,7 @@ def convert(
         costs=costs,
         align_layers=align,
         calibration=conversion.Calibration(
-            calibration, calibration_tokens, sequence_length, calibration_column
+            calibration, calibration_tokens, sequence_length, calibration_column, calibration_retrieval
         ),
         fit=FitSettings(seed=seed),
         dtype=dtype,
