@@ -68,7 +68,9 @@ def evaluate(
         typer.Option(help="Run tasks of lm-evaluation-harness, and --parts only if they are given."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples per task.  [default: all]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per batch of a task.  [default: 8]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of retrieval prompts.  [default: 0]")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Of both; auto is the converted checkpoint's.")] = "auto",
@@ -92,6 +94,9 @@ def evaluate(
         new_tokens=new_tokens,
         by_layer=by_layer,
         seed=seed,
+        tasks=_names(tasks),
+        task_limit=limit,
+        batch_size=batch_size,
     )
     bounds = Limits.load(limits) if limits else Limits() if gate else None
 
@@ -102,20 +107,9 @@ def evaluate(
     output.check_writable(path, report, card)
     progress = silent if as_json else on_stderr
     command = shlex.join(["hyconvert", *sys.argv[1:]])
-    if tasks:
-        from hyconvert.evaluation.tasks import check_tasks
-
-        check_tasks(_names(tasks) or ())
     result = run(
         path, base=base, settings=chosen, device=device, dtype=dtype, command=command, progress=progress
     )
-    if tasks:
-        from hyconvert.evaluation.tasks import run_tasks
-
-        result.tasks = run_tasks(
-            path, result.base, _names(tasks) or (), limit=limit, batch_size=batch_size, device=device,
-            dtype=dtype, progress=progress,
-        )  # fmt: skip
     if bounds is not None:
         from hyconvert.evaluation.verdict import judge
         from hyconvert.inspection import read_config

@@ -79,7 +79,9 @@ def make_suites(
     depths, at = settings.depths, 0
     for length in settings.prompt_lengths():
         for alone in (False, True):
-            count = settings.prompts * (min(len(depths), 2 * settings.prompts) if alone else 1)
+            count = settings.singles if alone else settings.prompts
+            if not count:
+                continue
             picked = [(at + i) % len(rows) for i in range(count)]
             at += count
             options: dict[str, Any] = (

@@ -17,6 +17,7 @@ from hyconvert.evaluation.lookup import LookupResult, make_suites, measure_looku
 from hyconvert.evaluation.models import Pair, load_pair, recorded_fingerprint
 from hyconvert.evaluation.settings import EvalSettings
 from hyconvert.evaluation.speed import KvResult, SpeedResult, count_kv, measure_speed
+from hyconvert.evaluation.tasks import check_tasks, run_tasks
 from hyconvert.evaluation.text import TextResult, measure_text
 from hyconvert.evaluation.verdict import Verdict
 from hyconvert.progress import Progress, silent
@@ -117,6 +118,8 @@ def evaluate(
         HyconvertError: a checkpoint or the text cannot be used.
     """
     began, settings = time.monotonic(), settings or EvalSettings()
+    if settings.tasks:
+        check_tasks(settings.tasks)
     with progress("Loading both models", total=1) as step:
         pair = load_pair(path, base=base, device=device, dtype=dtype)
         step()
@@ -179,6 +182,11 @@ def evaluate_pair(
         length = min(settings.speed_tokens or settings.sequence_length, text.rows.shape[1])
         with progress("Timing", total=2) as step:
             result.speed = measure_speed(pair, text.rows[0, :length], settings.decode_tokens, step)
+    if settings.tasks:
+        with progress("Running tasks", total=2) as step:
+            result.tasks = run_tasks(
+                pair, settings.tasks, limit=settings.task_limit, batch_size=settings.batch_size, on_model=step
+            )
     result.seconds = time.monotonic() - began
     return result
 
@@ -195,7 +203,7 @@ class Texts:
         length = max(settings.sequence_length, *settings.prompt_lengths(), 0)
         wanted = max(1, settings.tokens // settings.sequence_length)
         per_row = length // settings.sequence_length
-        extra = 2 * settings.prompts + len(settings.depths)
+        extra = settings.prompts + settings.singles
         rows = token_blocks(
             read_texts(settings.data, column=settings.column), tokenizer,
             sequences=-(-wanted // per_row) + extra, length=length, name=settings.data,

@@ -14,11 +14,12 @@ PARTS: tuple[Part, ...] = ("text", "retrieval", "generation", "branches", "speed
 """Text: perplexity, KL, agreement. Branches: gate shares and ablations. The rest as they are called."""
 
 QUICK: dict[str, Any] = {
-    "tokens": 4096,
+    "tokens": 2048,
     "sequence_length": 1024,
     "lengths": (1024,),
     "depths": (0.1, 0.5, 0.9),
     "prompts": 1,
+    "singles": 1,
     "generations": 2,
     "prompt_tokens": 128,
     "new_tokens": 16,
@@ -38,13 +39,17 @@ class EvalSettings(BaseModel):
         tokens, sequence_length: how much of it, in rows of what length, T.
         lengths: of retrieval prompts; None is 1,024 and its doubles up to T.
         depths: where in a prompt the facts lie that are asked for; each is asked for once per prompt and task.
-        prompts: per length, of each kind: facts with decoys, values and copies in one; and one fact alone.
+        prompts: per length, each with facts among decoys, values and copies.
+        singles: prompts per length with one fact alone, at the depths in turn.
         decoys: facts in a prompt that nobody asks for.
         generations, prompt_tokens, new_tokens: continuations, of how long prompts, of how many tokens each.
         by_layer: switch the sparse branch off in each layer alone too, and not only in all.
         speed_tokens: length of the sequence on which speed is measured; None is T.
         decode_tokens: tokens decoded after it.
         seed: of retrieval prompts.
+        tasks: of lm-evaluation-harness, to be run besides.
+        task_limit: examples per task; None for all.
+        batch_size: prompts per batch of a task.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +62,7 @@ class EvalSettings(BaseModel):
     lengths: tuple[int, ...] | None = None
     depths: tuple[float, ...] = (0.05, 0.275, 0.5, 0.725, 0.95)
     prompts: int = Field(default=4, ge=1)
+    singles: int = Field(default=10, ge=0)
     decoys: int = Field(default=4, ge=0)
     generations: int = Field(default=8, ge=1)
     prompt_tokens: int = Field(default=256, ge=1)
@@ -65,6 +71,9 @@ class EvalSettings(BaseModel):
     speed_tokens: int | None = Field(default=None, ge=1)
     decode_tokens: int = Field(default=64, ge=1)
     seed: int = 0
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
 
     @model_validator(mode="after")
     def _depths_are_shares(self) -> EvalSettings:

@@ -7,12 +7,11 @@ takes it as it is, and `lm_eval --model hf --model_args pretrained=OUT,trust_rem
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hyconvert.errors import HyconvertError
-from hyconvert.evaluation.models import load_pair
-from hyconvert.progress import Progress, silent
+from hyconvert.evaluation.models import Pair
 
 RULER_LENGTH = 4096
 """Tokens of RULER's prompts, unless the model ends earlier."""
@@ -33,27 +32,23 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def run_tasks(
-    path: str,
-    base: str,
+    pair: Pair,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     batch_size: int = 8,
     length: int = RULER_LENGTH,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress = silent,
+    on_model: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Results of tasks for a converted model and its base.
+    """Results of tasks for both models.
 
     Args:
-        path, base: the two.
+        pair: the models.
         tasks: names of tasks, groups or tags of the harness.
         limit: examples per task; None for all.
         batch_size: prompts per batch, padded on the left.
         length: tokens of prompts, for tasks that make them (RULER's).
-        device, dtype: of both models.
-        progress: told about each model.
+        on_model: called with the name of each model that is done.
 
     Returns:
         Metrics by model and task.
@@ -65,26 +60,25 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    pair = load_pair(path, base=base, device=device, dtype=dtype)
     limited = getattr(pair.base.config, "max_position_embeddings", None) or length
-    metadata = {"pretrained": path, "max_seq_lengths": [min(length, limited)]}
+    metadata = {"pretrained": pair.path, "max_seq_lengths": [min(length, limited)]}
     found = {}
-    with progress("Running tasks", total=2) as step:
-        for name, model in pair.models.items():
-            lm = HFLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=batch_size, backend="causal")
-            try:
-                results = lm_eval.simple_evaluate(
-                    model=lm, tasks=list(tasks), limit=limit, batch_size=batch_size, metadata=metadata,
-                    bootstrap_iters=0, log_samples=False,
-                )  # fmt: skip
-            except (KeyError, ValueError, ConnectionError, OSError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise HyconvertError(
-                    f"the tasks {', '.join(tasks)} cannot be run ({type(error).__name__}: {reason}); check their names "
-                    "with lm_eval ls tasks, and whether their data must be downloaded"
-                ) from error
-            found[name] = metrics_of(results)
-            step(name)
+    for name, model in pair.models.items():
+        lm = HFLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=batch_size, backend="causal")
+        try:
+            results = lm_eval.simple_evaluate(
+                model=lm, tasks=list(tasks), limit=limit, batch_size=batch_size, metadata=metadata, bootstrap_iters=0,
+                log_samples=False,
+            )  # fmt: skip
+        except (KeyError, ValueError, OSError, ImportError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise HyconvertError(
+                f"the tasks {', '.join(tasks)} cannot be run ({type(error).__name__}: {reason}); check their names "
+                "with lm_eval ls tasks, and whether their data must be downloaded"
+            ) from error
+        found[name] = metrics_of(results)
+        if on_model:
+            on_model(name)
     return found
 
 

@@ -121,7 +121,7 @@ def check_limits(result: Any, limits: Limits) -> list[Check]:
             checks.append(Check(name, f"{words}: not measured", None, limit, False))
             continue
         passed = value >= limit if bound == "at least" else value <= limit
-        checks.append(Check(name, f"{words} {value:.3f}, {bound} {limit:g}", value, limit, passed))
+        checks.append(Check(name, f"{words} {value:.4g}, {bound} {limit:g}", value, limit, passed))
     return checks
 
 
