@@ -33,7 +33,7 @@ class OracleState:
         """The same state on another device (layers of one model may lie on several)."""
         if self.keys.device == device:
             return self
-        union = self.union and BlockUnion(*(None if x is None else x.to(device) for x in self.union))
+        union = self.union and BlockUnion._make(None if x is None else x.to(device) for x in self.union)
         return OracleState(self.keys.to(device), self.values.to(device), self.indices.to(device), union)
 
 

@@ -82,10 +82,15 @@ def window_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
     return Tile(queries_per_tile(128, ratio), 64, 8, 2)
 
 
+def exact_grad_tile(dim: int, block_size: int = 32) -> Tile:
+    """Every float32 backward: products without tensor cores are unrolled, and larger tiles take minutes to compile."""
+    return Tile(16, 16, 4, 1) if dim > 128 else Tile(32, min(32, block_size), 4, 1)
+
+
 def causal_grad_q_tile(dtype: torch.dtype, dim: int) -> Tile:
     """dQ of oracle attention; a tile holds one head's queries, as in all causal and window backward kernels."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return exact_grad_tile(dim)
     if dim > 128:
         return Tile(64, 32, 8, 2)
     return Tile(64, 64, 4, 3) if dim <= 64 else Tile(128, 128, 8, 2)
@@ -94,7 +99,7 @@ def causal_grad_q_tile(dtype: torch.dtype, dim: int) -> Tile:
 def causal_grad_kv_tile(dtype: torch.dtype, dim: int) -> Tile:
     """dK and dV of oracle attention."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return exact_grad_tile(dim)
     if dim > 128:
         return Tile(32, 64, 8, 1)
     return Tile(64, 64, 4, 3) if dim <= 64 else Tile(128, 64, 8, 2)
@@ -103,35 +108,34 @@ def causal_grad_kv_tile(dtype: torch.dtype, dim: int) -> Tile:
 def window_grad_q_tile(dtype: torch.dtype, dim: int) -> Tile:
     """dQ of window attention."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return exact_grad_tile(dim)
     return Tile(64, 32, 8, 1) if dim > 128 else Tile(64, 64, 4, 2)
 
 
 def window_grad_kv_tile(dtype: torch.dtype, dim: int) -> Tile:
     """dK and dV of window attention."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return exact_grad_tile(dim)
     return Tile(32, 64, 8, 1) if dim > 128 else Tile(64, 64, 4, 2)
 
 
 def sparse_grad_q_tile(dtype: torch.dtype, dim: int, block_size: int) -> Tile:
     """dQ of block-sparse attention; ``queries`` counts rows here, all heads of the group: a part of a union's tile."""
     if dtype == torch.float32:
-        return Tile(32, min(32, block_size), 4, 1)
+        return exact_grad_tile(dim, block_size)
     if dim > 128:
         return Tile(64, 32, 8, 1)
     return Tile(64, 64, 4, 3) if dim <= 64 else Tile(128, 64, 8, 3)
 
 
 def sparse_grad_kv_tile(dtype: torch.dtype, dim: int, block_size: int) -> Tile:
-    """dK and dV of block-sparse attention; ``queries`` as in `sparse_grad_q_tile`, the keys are the block's."""
+    """dK and dV of block-sparse attention; ``queries`` as in `sparse_grad_q_tile`, ``keys`` divides the block."""
     if dtype == torch.float32:
-        return Tile(16 if dim > 128 else 32, block_size, 4, 1)
+        return exact_grad_tile(dim, block_size)
     if dim > 128:
-        return Tile(32, block_size, 8, 1)
-    if block_size > 64:
-        return Tile(64, block_size, 8, 2)
-    return Tile(64, block_size, 4, 2) if dim <= 64 else Tile(128, block_size, 8, 2)
+        return Tile(32, min(64, block_size), 8, 1)
+    keys = min(64, block_size)
+    return Tile(64, keys, 4, 2) if dim <= 64 else Tile(128, keys, 8, 2)
 
 
 def decode_tile(dtype: torch.dtype, dim: int) -> Tile:

@@ -95,7 +95,7 @@ def assert_close(got, want):
         {"kind": "left padded"},
         {"kind": "static cache"},
         {"length": 75, "heads": 2, "dim": 24, "window": 20, "topk": 3},
-        {"length": 70, "heads": 7, "groups": 1, "block": 32, "window": 12, "kind": "packed"},
+        {"length": 70, "heads": 7, "groups": 1, "block": 64, "window": 12, "kind": "packed"},
         {"length": 1},
     ],
     ids=str,

@@ -81,11 +81,12 @@ def _sparse_grad_kv(
     sqb, sqh, sqt, skb, skg, sks, svb, svg, svs, sgb, sgh, sgt, sdb, sdg, sds,
     T, S, CAP, tiles, cells, scale, window,
     G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, BLOCK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of the blocks that begin in one cell (one, but where documents meet)."""
+    """dK and dV of BN keys of each block that begins in one cell (one block, but where documents meet)."""
     BM: tl.constexpr = BQ // PARTS * RP
-    cell, line = tl.program_id(0), tl.program_id(1)
+    pieces: tl.constexpr = BLOCK // BN
+    cell, piece, line = tl.program_id(0) // pieces, tl.program_id(0) % pieces, tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
     ends = ENDS + line.to(tl.int64) * cells + cell
     begin, end = tl.load(ends - 1, mask=cell > 0, other=0), tl.load(ends)
@@ -98,15 +99,15 @@ def _sparse_grad_kv(
     scale_log2 = scale * 1.4426950408889634
     block = _next_block(slots, entries, begin, end, -1)
     while block < FAR:
-        keys = block + tl.arange(0, BLOCK)
+        keys = block + piece * BN + tl.arange(0, BN)
         # The block's keys end where the next document begins; those behind belong to another block.
         t_key = keys - offset
         first = tl.load(START + row64 * T + t_key, mask=(t_key >= 0) & (t_key < T), other=0).to(tl.int32)
         mine = (keys < S) & (t_key < T) & ((t_key < 0) | (first <= block))
         k = load_rows(K + row64 * skb + group64 * skg, keys.to(tl.int64) * sks, mine, D, DP)
         v = load_rows(V + row64 * svb + group64 * svg, keys.to(tl.int64) * svs, mine, D, DP)
-        acc_k = tl.zeros([BLOCK, DP], tl.float32)
-        acc_v = tl.zeros([BLOCK, DP], tl.float32)
+        acc_k = tl.zeros([BN, DP], tl.float32)
+        acc_v = tl.zeros([BN, DP], tl.float32)
         for step in tl.range(begin * PARTS, end * PARTS, num_stages=STAGES):
             entry = tl.load(entries + step // PARTS)
             i = step % PARTS * (BQ // PARTS) + rows // RP
@@ -233,9 +234,9 @@ def backward(
     tile = kv_tile or sparse_grad_kv_tile(q.dtype, dim, block_size)
     parts = max(1, queries * padded // tile.queries)
     cells = union.ends.shape[2]
-    _sparse_grad_kv[(cells, batch * groups)](
+    _sparse_grad_kv[(cells * (block_size // tile.keys), batch * groups)](
         q, k, v, grad, lse2, delta, grad_k, grad_v, union.slots, union.bits, union.ends, union.entries, q_offset,
         start, *strides(q), *strides(k), *strides(v), *strides(grad), *strides(grad_k),
-        length, slots, capacity, tiles, cells, scale, window, PARTS=parts, PREC=tile.precision, STAGES=tile.stages,
-        **shared, **tile.launch(),
+        length, slots, capacity, tiles, cells, scale, window, PARTS=parts, BN=tile.keys, PREC=tile.precision,
+        STAGES=tile.stages, **shared, **tile.launch(),
     )  # fmt: skip
