@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from hyconvert.errors import RecipeError
+from hyconvert.evaluation.limits import Limits
 
 StageName = Literal["layerwise", "distill", "long"]
 Group = Literal["new", "converted", "full", "rest"]
@@ -221,11 +222,13 @@ class Recipe(_Frozen):
         base: a Hub id, a folder or a `.gguf`; the command line may name another.
         convert: None if the recipe only heals.
         heal: how to heal.
+        gate: how far the result may be from its base, for `hyconvert eval --gate --limits RECIPE`.
     """
 
     base: str | None = None
     convert: ConvertRecipe | None = None
     heal: HealRecipe
+    gate: Limits | None = None
 
     @classmethod
     def load(cls, path: str | Path, **heal: Any) -> Recipe:
@@ -280,7 +283,7 @@ def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     import difflib
 
-    models = (Recipe, ConvertRecipe, CalibrationRecipe, HealRecipe, DataRecipe, Stage, Scales, Lora)
+    models = (Recipe, ConvertRecipe, CalibrationRecipe, HealRecipe, DataRecipe, Stage, Scales, Lora, Limits)
     known = {field.alias or name for model in models for name, field in model.model_fields.items()}
     parts = []
     for item in error.errors():
