@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def _kv_plot(kv: dict[str, Any]) -> str:
 
 
 def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
-    """Heat maps of exact answers by depth and length: one per kind of question, for both models."""
+    """Heat maps by depth and length, one per kind of question, for both models.
+
+    They show exact answers, and for copies, which are long, the probability of a token (geometric mean).
+    """
     maps = []
     for kind in ("single", "multikey", "multivalue", "copy"):
         cells = [cell for cell in lookup["cells"] if cell["kind"] == kind]
@@ -115,11 +119,17 @@ def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         lengths = sorted({cell["length"] for cell in cells})
         depths = sorted({cell["depth"] for cell in cells})
-        entry: dict[str, Any] = {"title": KIND_TITLES[kind]}
+        what = "probability of a token" if kind == "copy" else "exact answers"
+        entry: dict[str, Any] = {"title": f"{KIND_TITLES[kind]}: {what}"}
         for model in ("base", "converted"):
-            table = {(cell["length"], cell["depth"]): cell[model]["exact"] for cell in cells}
+            table = {
+                (cell["length"], cell["depth"]): math.exp(-cell[model]["nll"])
+                if kind == "copy"
+                else cell[model]["exact"]
+                for cell in cells
+            }
             entry[model] = heat_map(
-                f"{KIND_TITLES[kind]}, {model}: share of exact answers by depth and length",
+                f"{entry['title']}, {model}, by depth and length",
                 [f"{length:,}" for length in lengths],
                 [f"{depth:.0%}" for depth in depths],
                 [[table.get((length, depth)) for length in lengths] for depth in depths],
