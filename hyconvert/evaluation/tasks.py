@@ -2,6 +2,8 @@
 
 A converted model is a Transformers model with left padding and batches like any other, so the harness's own `hf` model
 takes it as it is, and `lm_eval --model hf --model_args pretrained=OUT,trust_remote_code=True` works as well.
+Of RULER, `niah_single_1`, `niah_multikey_2`, `niah_multikey_3`, `ruler_vt`, `ruler_cwe` and `ruler_fwe` make their
+prompts up and need no download.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
             "--tasks needs lm-evaluation-harness, which is not installed; pip install 'hyconvert[tasks]'"
         )
     if not tasks:
-        raise HyconvertError("--tasks names no task; give some, such as --tasks niah_single_1,vt")
+        raise HyconvertError("--tasks names no task; give some, such as --tasks niah_single_1,ruler_vt")
 
 
 def run_tasks(
