@@ -14,7 +14,7 @@ from tests.test_cli import run
 STAGE = ("--tokens", "256", "--sequence-length", "32", "--batch-tokens", "128")
 
 
-def test_heal_and_eval(converted: Path, text: Path, tmp_path: Path) -> None:
+def test_heal_and_inspect(converted: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--data", text, *STAGE, "--device", "cpu")
     recipe = tmp_path / "recipe.yaml"
@@ -26,11 +26,8 @@ def test_heal_and_eval(converted: Path, text: Path, tmp_path: Path) -> None:
     assert code == 0, stderr
     assert "held-out KL" in stdout and f"saved to {out}" in stdout
     assert "Healing 2/2" in stderr and "tokens/s" in stderr
-    code, stdout, stderr = run(
-        "eval", out, "--data", text, "--tokens", "128", "--sequence-length", "64", "--json"
-    )
-    assert code == 0, stderr
-    assert json.loads(stdout)["converted_perplexity"] > 1
+    code, stdout, stderr = run("inspect", out)
+    assert code == 0 and "F S0 W F" in stdout, stderr
 
 
 def test_mistakes_are_one_line_and_exit_code_2(converted: Path, text: Path, tmp_path: Path) -> None:
