@@ -94,16 +94,20 @@ def parse_share(text: str | None, option: str) -> float | None:
 
 
 def parse_count(text: str, option: str) -> int:
-    """A number such as `32768`, `32k` (of 1,024) or `8M` (of 1,048,576).
+    """A number of tokens such as `32768`, `32k` (32,768) or `8M` (8,000,000).
 
     Raises:
         PlanError: it is none.
     """
-    scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if scale > 1 else text
-    if not digits.isdigit() or int(digits) < 1:
-        raise PlanError(f"{option} {text} is no number of tokens; write one such as 32768 or 32k")
-    return int(digits) * scale
+    from hyconvert.recipe import parse_count as parse
+
+    try:
+        count: int = parse(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise PlanError(f"{option} {text} is no number of tokens; write one such as 32768, 32k or 8M")
+    return count
 
 
 def parse_pins(pins: list[str]) -> dict[int, Any]:

@@ -18,11 +18,12 @@ GROUPS: tuple[Group, ...] = ("new", "converted", "full", "rest")
 
 
 def parse_count(value: Any) -> Any:
-    """A count as people write it: `8M`, `64k` and `1.5B` are decimal, `8_000_000` and `8,000,000` as they stand."""
+    """A count as people write it: `8M` and `1.5B` are decimal, `32k` is 32,768 as for context lengths, and `8,000,000` or
+    `8_000_000` are as they stand."""
     if not isinstance(value, str):
         return value
     text = value.strip().replace("_", "").replace(",", "")
-    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
+    factor = {"k": 1 << 10, "m": 10**6, "b": 10**9}.get(text[-1:].lower())
     try:
         return round(float(text[:-1]) * factor) if factor else int(text)
     except ValueError:
@@ -73,7 +74,7 @@ class Stage(_Frozen):
     tokens: Count
     sequence_length: Count = 4096
     batch_tokens: Count = 32_768
-    lr: float = Field(default=5e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
     final_lr: float = Field(default=0.1, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
@@ -197,6 +198,7 @@ class CalibrationRecipe(_Frozen):
     tokens: Count = 65_536
     sequence_length: Count = 2048
     column: str = "text"
+    retrieval: float = Field(default=0.5, ge=0, le=1)
 
 
 class ConvertRecipe(_Frozen):
@@ -205,6 +207,8 @@ class ConvertRecipe(_Frozen):
     plan: str | None = None
     uniform: int | None = None
     full_layers: tuple[int, ...] | None = None
+    kv_budget: float | None = Field(default=None, gt=0, le=1)
+    costs: str | None = None
     block_size: int | None = None
     topk: int | None = None
     window: int | None = None

@@ -140,7 +140,7 @@ def test_options_go_over_a_recipe(converted: Path, tmp_path: Path) -> None:
     chosen = heal_recipe(str(converted), path, {"data": {"source": "y"}, "seed": None}, stage)
     assert chosen.data.source == "y" and chosen.seed == 3
     assert chosen.distill is not None
-    assert (chosen.distill.tokens, chosen.distill.sequence_length, chosen.distill.lr) == (64_000, 64, 1e-3)
+    assert (chosen.distill.tokens, chosen.distill.sequence_length, chosen.distill.lr) == (65_536, 64, 1e-3)
     nothing = dict.fromkeys(stage)
     chosen = heal_recipe(str(converted), None, {"data": {"source": "y"}}, nothing)
     assert chosen.distill is not None
