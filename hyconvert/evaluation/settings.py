@@ -24,7 +24,7 @@ QUICK: dict[str, Any] = {
     "prompt_tokens": 128,
     "new_tokens": 16,
     "by_layer": False,
-    "speed_tokens": 512,
+    "speed_tokens": 256,
     "decode_tokens": 16,
 }
 """What `--quick` changes."""

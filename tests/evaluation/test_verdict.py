@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hyconvert.errors import RecipeError
+from hyconvert.errors import PlanError, RecipeError
 from hyconvert.evaluation.limits import Limits
 from hyconvert.evaluation.models import Pair
 from hyconvert.evaluation.run import Evaluation
@@ -30,6 +30,11 @@ def cost(layer: int, kind: str, source: int | None, kl: float) -> Cost:
 def costs_of(pair: Pair, rows: list[Cost]) -> Costs:
     settings = MeasureSettings(block_size=4, topk=2, window=8)
     return Costs("base", pair.fingerprint, "llama", settings, 4, rows=rows, expected=len(rows))
+
+
+def save(costs: Costs, folder: Path) -> None:
+    costs.save_header(folder)
+    costs.save_rows(folder)
 
 
 def test_limits_that_are_kept_pass(evaluation: Evaluation, pair: Pair, checkpoint: Path) -> None:
@@ -80,6 +85,19 @@ def test_measured_costs_let_other_layers_read_the_new_one(pair: Pair) -> None:
     assert (first.layer, first.line) == (1, "F*2 S1 F")
     assert first.damage == pytest.approx(0.3 + 0.25 - 0.05)
     assert (second.layer, second.line) == (2, "F*4") and second.damage == pytest.approx(0.05)
+
+
+def test_costs_come_from_a_folder_of_the_same_base(
+    evaluation: Evaluation, pair: Pair, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = [cost(1, "sparse", 0, 0.3), cost(2, "window", None, 0.25)]
+    config, limits = pair.converted.config, Limits(kl=1e-4)
+    save(costs_of(pair, rows), tmp_path)
+    verdict = judge(evaluation, limits, config, str(checkpoint), tmp_path)
+    assert verdict.costs_known and [step.layer for step in verdict.suggestions] == [1, 2]
+    save(replace(costs_of(pair, rows), fingerprint="sha256:other"), tmp_path)
+    with pytest.raises(PlanError, match="another model"):
+        judge(evaluation, limits, config, str(checkpoint), tmp_path)
 
 
 def test_limits_come_from_a_recipe_or_a_file_of_their_own(tmp_path: Path) -> None:
