@@ -13,7 +13,7 @@ from ..topk.forward import select_blocks
 def _split(
     Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -36,19 +36,21 @@ def _split(
     for n in tl.range(begin, free, BN, num_stages=STAGES):
         k = load_keys(k_base, sks, n, end, BN, D, DP, False)
         logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
-        best = tl.max(tl.reshape(logits, [RM, parts, BLOCK]), 2)
-        at = (n - start) // BLOCK + tl.arange(0, parts)
-        tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None])
+        if SCORE:
+            best = tl.max(tl.reshape(logits, [RM, parts, BLOCK]), 2)
+            at = (n - start) // BLOCK + tl.arange(0, parts)
+            tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None])
         v = load_keys(v_base, svs, n, end, BN, D, DP, False)
         acc, top, total = softmax_step(logits, v, acc, top, total, False, PREC)
     for n in tl.range(free, end, BN, num_stages=1):
         k = load_keys(k_base, sks, n, end, BN, D, DP, True)
         logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
         keys = n + tl.arange(0, BN)[None, :]
-        outside = tl.where(keys <= slot - window, logits, float("-inf"))
-        best = tl.max(tl.reshape(outside, [RM, parts, BLOCK]), 2)
-        at = (n - start) // BLOCK + tl.arange(0, parts)
-        tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None] & (at < NB)[None, :])
+        if SCORE:
+            outside = tl.where(keys <= slot - window, logits, float("-inf"))
+            best = tl.max(tl.reshape(outside, [RM, parts, BLOCK]), 2)
+            at = (n - start) // BLOCK + tl.arange(0, parts)
+            tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None] & (at < NB)[None, :])
         logits = tl.where(keys < end, logits, float("-inf"))
         v = load_keys(v_base, svs, n, end, BN, D, DP, True)
         acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
@@ -107,28 +109,30 @@ def _join(
 def oracle_decode(
     q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, tile: Tile | None = None
 ):
-    """Fill ``out``, ``lse`` and ``indices``; all three contiguous."""
+    """Fill ``out``, ``lse`` and, unless it is None, ``indices``; all contiguous."""
     batch, heads, _, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
     tile = tile or decode_tile(q.dtype, dim)
-    keys = max(tile.keys, block_size)
+    scored = indices is not None
+    keys = max(tile.keys, block_size) if scored else tile.keys
+    block_size = block_size if scored else keys
     splits = decode_splits(batch * groups, triton.cdiv(slots, keys), q.device)
     blocks = triton.cdiv(slots, block_size)
     part = torch.empty(batch * heads * splits * dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(batch * heads * splits, dtype=torch.float32, device=q.device)
-    raw = torch.empty(batch * heads * blocks, dtype=torch.float32, device=q.device)
+    raw = torch.empty(batch * heads * blocks if scored else 1, dtype=torch.float32, device=q.device)
     padded = triton.next_power_of_2(dim)
     _split[(splits, batch * groups)](
         q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
         blocks, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
-        SPLITS=splits, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
+        SPLITS=splits, SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
     )  # fmt: skip
-    size = max(32, triton.next_power_of_2(blocks))
-    topk = indices.shape[3]
-    _join[(ratio + 1, batch * groups)](
-        part, part_lse, raw, out, lse, indices, q_offset, start, blocks, window, topk,
+    size = max(32, triton.next_power_of_2(blocks)) if scored else 32
+    topk = indices.shape[3] if scored else 1
+    _join[(ratio + scored, batch * groups)](
+        part, part_lse, raw, out, lse, indices if scored else lse, q_offset, start, blocks, window, topk,
         G=groups, R=ratio, D=dim, DP=padded, BLOCK=block_size, SPLITS=splits, SP=triton.next_power_of_2(splits),
         KP=triton.next_power_of_2(topk), N=size, num_warps=max(4, min(16, size // 512)),
     )  # fmt: skip

@@ -55,9 +55,16 @@ def sparse_decode(
     value_map: Tensor | None = None,
     window_offset: Tensor | None = None,
     window_start: Tensor | None = None,
+    counter: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """See `reference.sparse_decode`."""
+    """See `reference.sparse_decode`.
+
+    Args:
+        counter: int32 zeros ``[B G]`` or more, on q's device, for the kernel to count in and to leave as zeros. One set
+            serves all launches of a stream or of a CUDA graph, which would otherwise zero one for every launch. With it
+            the call is no op of ``torch.library``.
+    """
     check_inputs(q_sparse, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
     maps = {"value_map": value_map, "window_offset": window_offset, "window_start": window_start}
@@ -70,7 +77,56 @@ def sparse_decode(
     if chosen == "reference" or q.shape[2] != 1 or wants_gradient(every):
         return reference.sparse_decode(*tensors, **settings, **maps)
     gate = gate_logit.to(q.device).expand(q.shape[:3])
+    if counter is not None:
+        return _launch(*tensors[:-1], gate, *maps.values(), block_size, window, scale, counter)
     return _sparse_decode(*tensors[:-1], gate, *maps.values(), block_size, window, scale)
+
+
+def window_decode(
+    q: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    *,
+    window: int,
+    scale: float,
+    counter: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """See `reference.window_decode`; ``counter`` as for `sparse_decode`. No gradient is defined."""
+    problem = attention_problem(q, k_window, v_window, window=window)
+    tensors = (q, k_window, v_window, q_offset, start)
+    if choose("window_decode", tensors, implementation, problem) == "reference" or q.shape[2] != 1:
+        return reference.window_decode(*tensors, window=window, scale=scale)
+    if counter is not None:
+        return _launch_window(*tensors, window, scale, counter)
+    return _window_decode(*tensors, window, scale)
+
+
+@torch.library.custom_op("hyconvert::window_decode", mutates_args=())
+def _window_decode(
+    q: Tensor, k_window: Tensor, v_window: Tensor, q_offset: Tensor, start: Tensor, window: int, scale: float
+) -> Tensor:
+    return _launch_window(q, k_window, v_window, q_offset, start, window, scale, None)
+
+
+def _launch_window(q, k_window, v_window, q_offset, start, window, scale, counter):
+    from . import sparse
+
+    out = q.new_empty(q.shape)
+    if out.numel():
+        with on_device(q):
+            sparse.sparse_decode(
+                *(dense_rows(x) for x in (q, k_window, v_window)), None, None, None, None, q_offset.contiguous(),
+                start.contiguous(), None, out, block_size=16, window=window, scale=scale, counter=counter,
+            )  # fmt: skip
+    return out
+
+
+@_window_decode.register_fake
+def _(q, *rest):
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("hyconvert::sparse_decode", mutates_args=())
@@ -79,6 +135,16 @@ def _sparse_decode(
     q_offset: Tensor, start: Tensor, gate: Tensor, value_map: Tensor | None, window_offset: Tensor | None,
     window_start: Tensor | None, block_size: int, window: int, scale: float,
 ) -> Tensor:  # fmt: skip
+    return _launch(
+        q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, value_map, window_offset, window_start,
+        block_size, window, scale, None,
+    )  # fmt: skip
+
+
+def _launch(
+    q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, value_map, window_offset, window_start,
+    block_size, window, scale, counter,
+):  # fmt: skip
     from . import sparse
 
     out = q.new_empty(q.shape)
@@ -91,7 +157,7 @@ def _sparse_decode(
                 value_map=None if value_map is None else value_map.contiguous(),
                 window_offset=window_offset.contiguous() if whole else None,
                 window_start=window_start.contiguous() if whole else None,
-                block_size=block_size, window=window, scale=scale,
+                block_size=block_size, window=window, scale=scale, counter=counter,
             )  # fmt: skip
     return out
 

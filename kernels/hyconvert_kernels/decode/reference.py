@@ -71,10 +71,7 @@ def sparse_decode(
     if q.shape[2] != 1:
         raise ValueError(f"decode takes one query per row, got T={q.shape[2]}")
     if window_offset is None:
-        k_window, v_window = _unroll(k_window, q_offset), _unroll(v_window, q_offset)
-        size = k_window.shape[2]
-        window_offset = torch.full_like(q_offset, size - 1)
-        window_start = (start - q_offset[:, None] + size - 1).clamp(min=0)
+        _, k_window, v_window, window_offset, window_start = in_order(q, k_window, v_window, q_offset, start)
     out_w, lse_w = window_attention(
         q, k_window, v_window, window_offset, window_start, window=window, scale=scale
     )
@@ -84,6 +81,46 @@ def sparse_decode(
     if value_map is not None:
         out_s = (value_map[None] @ out_s.transpose(2, 3).to(value_map.dtype)).transpose(2, 3).to(out_s.dtype)
     return merge_branches(out_w, lse_w, out_s, lse_s, gate_logit)
+
+
+def window_decode(
+    q: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    *,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """Window attention for one query per row on a ring.
+
+    Args:
+        q: ``[B,H,1,d]`` query after RoPE.
+        k_window, v_window: ``[B,G,W,d]`` ring, as `sparse_decode` takes it; ``W < window`` will do where no sequence
+            is longer than W.
+        q_offset, start: int ``[B]`` and ``[B,1]``, in slots of the sequence.
+        window: slots ``max(start, slot - window + 1) .. slot`` take part.
+        scale: factor of the logits.
+
+    Returns:
+        ``[B,H,1,d]`` in q's dtype.
+    """
+    return window_attention(*in_order(q, k_window, v_window, q_offset, start), window=window, scale=scale)[0]
+
+
+def in_order(
+    q: Tensor, k_window: Tensor, v_window: Tensor, q_offset: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `window_attention` takes, of one query per row on a ring."""
+    size = k_window.shape[2]
+    return (
+        q,
+        _unroll(k_window, q_offset),
+        _unroll(v_window, q_offset),
+        torch.full_like(q_offset, size - 1),
+        (start - q_offset[:, None] + size - 1).clamp(min=0),
+    )
 
 
 def _unroll(ring: Tensor, q_offset: Tensor) -> Tensor:

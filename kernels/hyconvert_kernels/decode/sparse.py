@@ -92,9 +92,10 @@ def _sparse_decode(
                 q, KW + row64 * swkb + group64 * swkg, VW + row64 * swvb + group64 * swvg, swks, swvs, keys, ok,
                 acc, top, total, scale_log2, D, DP, PREC,
             )  # fmt: skip
-    else:
+    elif S_SPLITS > 0:
         q = load_rows(QS + row64 * spb, head * sph, row_ok, D, DP)
-        steps = tl.cdiv(tl.cdiv(TOPK * BLOCK, BN), S_SPLITS)
+        parts: tl.constexpr = S_SPLITS if S_SPLITS > 0 else 1
+        steps = tl.cdiv(tl.cdiv(TOPK * BLOCK, BN), parts)
         begin = (split - W_SPLITS) * steps
         for step in tl.range(begin, begin + steps, num_stages=STAGES):
             entry = (step * BN + n) // BLOCK
@@ -145,15 +146,22 @@ def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
 
 def sparse_decode(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, out, *, block_size, window, scale,
-    value_map=None, window_offset=None, window_start=None, tile: Tile | None = None, splits=None,
+    value_map=None, window_offset=None, window_start=None, counter=None, tile: Tile | None = None, splits=None,
 ):  # fmt: skip
-    """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous."""
+    """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous.
+
+    Without ``indices`` there is the window branch alone. ``counter`` int32 ``[B G]``, or longer, is zeros that launches
+    on one stream may share; each leaves them zeros.
+    """
     batch, heads, _, dim = q.shape
-    groups = k.shape[1]
+    groups = k_window.shape[1]
     ratio = heads // groups
     lines = batch * groups
     tile = tile or sparse_decode_tile(q.dtype, dim)
-    topk = indices.shape[3]
+    if indices is None:
+        q_sparse, k, v, indices, gate, topk = q, k_window, v_window, q_offset, q, 0
+    else:
+        topk = indices.shape[3]
     w_steps, s_steps = triton.cdiv(window, tile.keys), triton.cdiv(topk * block_size, tile.keys)
     if splits is None:  # about three programs per multiprocessor, every split at least one step
         want = max(2, 3 * processors(q.device) // lines)
@@ -164,7 +172,9 @@ def sparse_decode(
     part = torch.empty(lines * count * padded_ratio * dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(lines * count * padded_ratio, dtype=torch.float32, device=q.device)
     slots = max(1024, triton.next_power_of_2(lines))
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+    if counter is not None:
+        pass
+    elif q.is_cuda and torch.cuda.is_current_stream_capturing():
         counter = torch.zeros(
             slots, dtype=torch.int32, device=q.device
         )  # of the graph's own pool, zeroed at replay

@@ -68,15 +68,19 @@ def _oracle(
     with_scores: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Without scores the third output is empty: an op cannot return None."""
+    from ..decode import full
     from . import forward
 
     out, lse, scores = _oracle_outputs(q, k, v, q_offset, start, block_size, window, with_scores, scale)
-    if out.numel():
-        with on_device(q):
-            forward.forward(
-                dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse,
-                scores if with_scores else None, block_size=block_size, window=window, scale=scale,
-            )  # fmt: skip
+    if not out.numel():
+        return out, lse, scores
+    tensors = dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous()
+    settings = {"block_size": block_size, "window": window, "scale": scale}
+    with on_device(q):
+        if q.shape[2] == 1 and not with_scores:  # one query cannot fill the GPU, so its keys are split
+            full.oracle_decode(*tensors, out, lse, None, **settings)
+        else:
+            forward.forward(*tensors, out, lse, scores if with_scores else None, **settings)
     return out, lse, scores
 
 

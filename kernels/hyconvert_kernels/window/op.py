@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
+from ..merge import reference as merge_reference
 from ..registration import attention_grads, attention_outputs
 from . import reference
 
@@ -29,6 +30,47 @@ def window_attention(
     if choose("window_attention", tensors, implementation, problem) == "reference":
         return reference.window_attention(*tensors, window=window, scale=scale)
     return _window(*tensors, window, scale)
+
+
+def merged_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    out_s: Tensor,
+    lse_s: Tensor,
+    gate_logit: Tensor,
+    *,
+    window: int,
+    scale: float,
+    implementation: str | None = None,
+) -> Tensor:
+    """`window_attention`, and `merge_branches` of it with a sparse branch, in one pass; no gradient is defined.
+
+    Args:
+        q, k, v, q_offset, start, window, scale: as for `window_attention`.
+        out_s, lse_s: ``[B,H,T,d]`` and ``[B,H,T]`` of the sparse branch.
+        gate_logit: ``[B,H,T]``.
+
+    Returns:
+        ``[B,H,T,d]`` in q's dtype.
+    """
+    check_inputs(q, k, v, q_offset, start)
+    problem = attention_problem(q, k, v, window=window)
+    tensors = (q, k, v, q_offset, start)
+    if choose("merged_window_attention", (*tensors, out_s), implementation, problem) == "reference":
+        near = reference.window_attention(*tensors, window=window, scale=scale)
+        return merge_reference.merge_branches(*near, out_s, lse_s, gate_logit)
+    from . import forward
+
+    out = q.new_empty(q.shape)
+    with on_device(q):
+        forward.forward(
+            dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, None,
+            window=window, scale=scale, merge=(dense_rows(out_s), lse_s.contiguous(), gate_logit),
+        )  # fmt: skip
+    return out
 
 
 @torch.library.custom_op("hyconvert::window_attention", mutates_args=())

@@ -1,0 +1,84 @@
+"""Dispatch of what a layer does around attention and products, for inference.
+
+These write into the caller's buffers and have no gradient, so they are no ops of ``torch.library``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..dispatch import choose, on_device
+from . import reference
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    after: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.add_norm`. The kernel overwrites ``residual``, which must be contiguous, with the sum."""
+    if choose("add_norm", (x, residual, weight), implementation) == "reference":
+        return reference.add_norm(x, residual, weight, eps, after=after)
+    from . import forward
+
+    x = x.contiguous()
+    out = x.new_empty(x.shape)
+    with on_device(x):
+        forward.add_norm(x, residual, weight, eps, out, after=after)
+    if after:
+        return out, out if residual is None else residual
+    return out, x if residual is None else residual
+
+
+def silu_mul(x: Tensor, *, implementation: str | None = None) -> Tensor:
+    """See `reference.silu_mul`."""
+    if choose("silu_mul", (x,), implementation) == "reference":
+        return reference.silu_mul(x)
+    from . import forward
+
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    with on_device(x):
+        forward.silu_mul(x.contiguous(), out)
+    return out
+
+
+def split_heads(
+    x: Tensor,
+    q_offset: Tensor,
+    start: Tensor,
+    k_out: Tensor,
+    v_out: Tensor | None,
+    *,
+    heads: int,
+    query_map: Tensor | None = None,
+    rotate: bool = True,
+    rotate_source: bool = True,
+    implementation: str | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """See `reference.split_heads`."""
+    dim = k_out.shape[3]
+    problem = f"head dim {dim}; it must be even" if dim % 2 else None
+    if settings.get("ring") and x.shape[1] > k_out.shape[2]:
+        raise ValueError(f"a ring of {k_out.shape[2]} slots cannot take {x.shape[1]} tokens at once")
+    flags = {"query_map": query_map, "rotate": rotate, "rotate_source": rotate_source}
+    tensors = (x, q_offset, start, k_out, v_out)
+    if choose("split_heads", (*tensors, query_map), implementation, problem) == "reference":
+        return reference.split_heads(*tensors, heads=heads, **flags, **settings)
+    from . import forward
+
+    q = x.new_empty(x.shape[0], heads, x.shape[1], dim)
+    same = query_map is None and rotate == rotate_source
+    sparse = None if same else x.new_empty(q.shape)
+    with on_device(x):
+        forward.split_heads(
+            x, q_offset, start, k_out, v_out, q, sparse, **({"q_norm": None, "k_norm": None, "eps": 0.0, "ring": False}
+            | settings), **{**flags, "query_map": None if query_map is None else query_map.contiguous()},
+        )  # fmt: skip
+    return q, sparse

@@ -1,0 +1,147 @@
+"""Norms, activation, and the way from the fused projection to cache: kernels equal references; one-launch decoding."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import hyconvert_kernels as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value encountered:RuntimeWarning",  # NumPy's, in the interpreter, for -inf - -inf under a mask
+)
+
+
+@pytest.fixture(autouse=True)
+def _interpret(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda"
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_add_norm(added, after):
+    x, residual, weight = normal(2, 3, 40), normal(2, 3, 40, seed=1), normal(40, seed=2)
+    want = kernels.add_norm(
+        x, residual if added else None, weight, 1e-5, after=after, implementation="reference"
+    )
+    buffer = residual.clone() if added else None
+    got = kernels.add_norm(x, buffer, weight, 1e-5, after=after, implementation="triton")
+    torch.testing.assert_close(got, want, **TIGHT)
+    if added:
+        torch.testing.assert_close(buffer, want[1], **TIGHT)
+
+
+def test_silu_mul():
+    x = normal(2, 3, 2 * 1100)
+    got = kernels.silu_mul(x, implementation="triton")
+    torch.testing.assert_close(got, kernels.silu_mul(x, implementation="reference"), **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("length", "ring", "options"),
+    [
+        (1, True, {"query_map": True, "norm": True}),
+        (1, False, {"rotate": False, "rotate_source": True}),
+        (19, False, {"query_map": True, "rotate_source": False}),
+        (19, False, {"norm": True, "values": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [16, 24])
+def test_split_heads(length, ring, options, dim):
+    batch, heads, groups, slots = 3, 4, 2, 20
+    x = normal(batch, length, (heads + 2 * groups) * dim + 5)
+    offset = torch.tensor([18, 18, 18] if ring else [0, 0, 0], device=DEVICE)
+    start = torch.tensor([0, 3, 18], device=DEVICE)
+    settings = {
+        "cos": normal(64, dim // 2, seed=3),
+        "sin": normal(64, dim // 2, seed=4),
+        "heads": heads,
+        "ring": ring,
+    }
+    options = dict(options)
+    if options.pop("norm", False):
+        settings |= {"q_norm": normal(dim, seed=5), "k_norm": normal(dim, seed=6), "eps": 1e-6}
+    if options.pop("query_map", False):
+        settings["query_map"] = normal(heads, dim, dim, seed=7)
+    values = options.pop("values", True)
+    size = 5 if ring else slots
+    results = []
+    for implementation in ("reference", "triton"):
+        k, v = (torch.zeros(batch, groups, size, dim, device=DEVICE) for _ in "kv")
+        out = kernels.split_heads(
+            x, offset, start, k, v if values else None, **settings, **options, implementation=implementation
+        )
+        results.append((*(y for y in out if y is not None), k, v))
+    assert results[0][-2].count_nonzero() > 0
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_split_heads_refuses_more_tokens_than_a_ring_holds():
+    ring = torch.zeros(1, 1, 4, 16)
+    table = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match="a ring of 4 slots cannot take 6 tokens"):
+        kernels.split_heads(
+            torch.zeros(1, 6, 48), torch.zeros(1).long(), torch.zeros(1).long(), ring, ring, heads=1, ring=True,
+            cos=table, sin=table,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("slot", [0, 3, 16, 40])
+@pytest.mark.parametrize("window", [5, 37])
+def test_window_decode_on_a_ring_is_the_window_of_the_sequence(slot, window):
+    q, k, v = normal(2, 4, 1, 16), normal(2, 2, 41, 16, seed=1), normal(2, 2, 41, 16, seed=2)
+    start = torch.tensor([[0], [min(slot, 2)]], device=DEVICE)
+    offset = torch.full((2,), slot, device=DEVICE)
+    rings = [torch.full((2, 2, window, 16), 1e3, device=DEVICE) for _ in "kv"]
+    for ring, x in zip(rings, (k, v), strict=True):
+        for s in range(max(0, slot - window + 1), slot + 1):
+            ring[:, :, s % window] = x[:, :, s]
+    want, _ = kernels.window_attention(q, k, v, offset, start, window=window, scale=0.3)
+    for implementation in ("reference", "triton"):
+        got = kernels.window_decode(
+            q, *rings, offset, start, window=window, scale=0.3, implementation=implementation
+        )
+        torch.testing.assert_close(got, want, **TIGHT)
+
+
+@pytest.mark.parametrize("length", [3, 45, 200])
+def test_one_query_without_scores_takes_the_split_kernel(length):
+    q, k, v = normal(2, 6, 1, 16), normal(2, 2, length, 16, seed=1), normal(2, 2, length, 16, seed=2)
+    offset, start = torch.full((2,), length - 1, device=DEVICE), torch.tensor([[0], [2]], device=DEVICE)
+    results = [
+        kernels.oracle_attention(
+            q, k, v, offset, start, block_size=16, window=9, scale=0.3, with_scores=False, implementation=name
+        )[:2]
+        for name in ("reference", "triton")
+    ]
+    torch.testing.assert_close(*results, **TIGHT)
+
+
+def test_window_attention_merges_the_sparse_branch_in_one_pass():
+    q, k, v = normal(1, 4, 23, 16), normal(1, 2, 23, 16, seed=1), normal(1, 2, 23, 16, seed=2)
+    offset, start = torch.zeros(1, device=DEVICE).long(), torch.zeros(1, 23, device=DEVICE).long()
+    out, lse, gate = (
+        normal(1, 4, 23, 16, seed=3),
+        normal(1, 4, 23, seed=4),
+        normal(1, 23, 4, seed=5).transpose(1, 2),
+    )
+    lse[:, :, :3] = -torch.inf
+    results = [
+        kernels.merged_window_attention(
+            q, k, v, offset, start, out, lse, gate, window=9, scale=0.3, implementation=name
+        )
+        for name in ("reference", "triton")
+    ]
+    torch.testing.assert_close(*results, **TIGHT)
