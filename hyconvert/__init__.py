@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hyconvert.conversion import Calibration, ConversionReport, convert
+    from hyconvert.generation import Decoder, generate
     from hyconvert.loading import load
     from hyconvert.modeling import HyConvertConfig, HyConvertForCausalLM
     from hyconvert.plan import LayerPlan, Plan
@@ -23,22 +24,26 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "Calibration",
     "ConversionReport",
+    "Decoder",
     "HyConvertConfig",
     "HyConvertForCausalLM",
     "LayerPlan",
     "Plan",
     "convert",
+    "generate",
     "load",
 ]
 
 _HOMES = {
     "Calibration": "conversion",
     "ConversionReport": "conversion",
+    "Decoder": "generation",
     "HyConvertConfig": "modeling",
     "HyConvertForCausalLM": "modeling",
     "LayerPlan": "plan",
     "Plan": "plan",
     "convert": "conversion",
+    "generate": "generation",
     "load": "loading",
 }
 

@@ -1,0 +1,264 @@
+"""Attention of one layer in the decode loop: whole prompts, and one token per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hyconvert.generation.network import Block, Network
+from hyconvert.modeling.attention import with_sink
+from hyconvert_kernels import (
+    add_norm,
+    block_sparse_attention,
+    merged_window_attention,
+    oracle_attention,
+    oracle_attention_topk,
+    oracle_decode,
+    sparse_decode,
+    split_heads,
+    tile_union,
+    window_attention,
+    window_decode,
+)
+from hyconvert_kernels.decode.reference import in_order
+
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Selected(NamedTuple):
+    """What a full layer leaves for its readers: its keys and values, the blocks, and their union per tile."""
+
+    keys: Tensor
+    values: Tensor
+    indices: Tensor
+    union: Any = None
+
+
+@dataclass
+class Pass:
+    """One pass through the layers.
+
+    Attributes:
+        offset: [B] int64, slot of each row's first token in this pass.
+        first: [B] int64, slot of each row's first real token.
+        start: [B, T] int64, first slot that each token may see.
+        cos, sin: RoPE's tables.
+        padded: whether any row has padding.
+        selected: by full layer.
+        counter: what `sparse_decode` counts in, or None.
+        implementation: of the kernels.
+        select: puts other block indices in the place of a layer's own, to time a given overlap; None for none.
+        dense_length: with it, a layer without readers decodes by PyTorch's attention over exactly so many keys.
+    """
+
+    offset: Tensor
+    first: Tensor
+    start: Tensor
+    cos: Tensor
+    sin: Tensor
+    padded: bool = False
+    selected: dict[int, Selected] = field(default_factory=dict)
+    counter: Tensor | None = None
+    implementation: str | None = None
+    select: Callable[[Tensor], Tensor] | None = None
+    dense_length: int | None = None
+
+
+def attend(network: Network, index: int, x: Tensor, keys: Tensor, values: Tensor, now: Pass) -> Tensor:
+    """Attention and output projection of layer `index`.
+
+    Args:
+        network: the model.
+        index: of the layer.
+        x: [B, T, D], after the norm before attention; T > 1 is a whole prompt, T = 1 a step.
+        keys, values: the layer's cache, of these B rows.
+        now: the pass.
+
+    Returns:
+        [B, T, D].
+    """
+    block = network.blocks[index]
+    fused = block.inputs(x)
+    if block.flat_norm:
+        fused = _normed_whole(block, fused, now)
+    if x.shape[1] == 1:
+        out = _decode(network, index, x, fused, keys, values, now)
+    else:
+        out = _prefill(network, index, x, fused, keys, values, now)
+    return block.output(out.transpose(1, 2).flatten(2))
+
+
+def _normed_whole(block: Block, fused: Tensor, now: Pass) -> Tensor:
+    """The fused projection with q and k normalised over all their heads, as OLMo2 does."""
+    assert block.q_norm is not None and block.k_norm is not None
+    ends = block.heads * block.dim, (block.heads + block.groups) * block.dim
+    q, k, rest = fused.tensor_split(ends, -1)
+    normed = [
+        add_norm(part, None, weight, block.eps, implementation=now.implementation)[0]
+        for part, weight in ((q, block.q_norm), (k, block.k_norm))
+    ]
+    return torch.cat([*normed, rest], -1)
+
+
+def _queries(
+    block: Block, fused: Tensor, keys: Tensor, values: Tensor | None, now: Pass, ring: bool
+) -> tuple[Tensor, Tensor]:
+    """Both queries, and the keys and values in their places."""
+    mapped = block.attention.query_map if block.kind == "sparse" else None
+    q, sparse = split_heads(
+        fused, now.offset, now.first, keys, values, heads=block.heads, cos=now.cos, sin=now.sin,
+        q_norm=None if block.flat_norm else block.q_norm, k_norm=None if block.flat_norm else block.k_norm,
+        eps=block.eps, query_map=mapped, rotate=block.rotate,
+        rotate_source=block.rotate_source if block.kind == "sparse" else block.rotate, ring=ring,
+        implementation=now.implementation,
+    )  # fmt: skip
+    return q, q if sparse is None else sparse
+
+
+def _gate_logit(block: Block, fused: Tensor) -> Tensor:
+    """[B, H, T], a view."""
+    return fused[..., -block.heads :].transpose(1, 2)
+
+
+def _settings(network: Network, block: Block, now: Pass) -> dict[str, Any]:
+    return {
+        "block_size": network.block_size,
+        "window": block.window,
+        "scale": block.scale,
+        "implementation": now.implementation,
+    }
+
+
+def _decode(
+    network: Network, index: int, x: Tensor, fused: Tensor, keys: Tensor, values: Tensor, now: Pass
+) -> Tensor:
+    block = network.blocks[index]
+    q, query = _queries(block, fused, keys, values, now, block.ring is not None)
+    settings = _settings(network, block, now)
+    where = now.offset, now.start
+    if block.kind == "full" and block.scored:
+        out, _, indices = oracle_decode(q, keys, values, *where, topk=network.topk, **settings)
+        now.selected[index] = Selected(keys, values, indices)
+        return out
+    if block.kind == "full" and now.dense_length is not None:
+        seen = slice(now.dense_length)
+        with sdpa_kernel(SDPA_ORDER, set_priority=True):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, keys[:, :, seen], values[:, :, seen], scale=block.scale, enable_gqa=True
+            )
+    if block.kind == "full":
+        return oracle_attention(q, keys, values, *where, with_scores=False, **settings)[0]
+    near = {key: settings[key] for key in ("window", "scale", "implementation")}
+    plain = block.attention is None or block.attention.window_sink is None
+    if block.source is None and plain:
+        return window_decode(q, keys, values, *where, counter=now.counter, **near)
+    at_source = None if block.source is None else now.selected[block.source]
+    if at_source is not None and block.kind == "reuse":
+        at_source = at_source._replace(keys=keys, values=values)
+    if at_source is not None and block.merges:
+        ordered_offset, ordered_start = (None, None) if block.ring else where
+        return sparse_decode(
+            q, keys, values, query, at_source.keys, at_source.values, at_source.indices, *where,
+            _gate_logit(block, fused), value_map=block.attention.value_map, counter=now.counter,
+            window_offset=ordered_offset, window_start=ordered_start, **settings,
+        )  # fmt: skip
+    ordered = in_order(q, keys, values, *where) if block.ring else (q, keys, values, *where)
+    branch = with_sink(*window_attention(*ordered, **near), block.attention.window_sink)
+    if at_source is None:
+        return branch[0]
+    far = block_sparse_attention(
+        query, at_source.keys, at_source.values, at_source.indices, *where, **settings
+    )
+    return _mix(block, x, branch, _far_branch(block, far), now)
+
+
+def _prefill(
+    network: Network, index: int, x: Tensor, fused: Tensor, keys: Tensor, values: Tensor, now: Pass
+) -> Tensor:
+    block = network.blocks[index]
+    length = x.shape[1]
+    if block.ring is None:
+        q, query = _queries(block, fused, keys, values, now, False)
+        k, v = keys[:, :, :length], values[:, :, :length]
+    else:
+        k = keys.new_empty(keys.shape[0], block.groups, length, block.dim)
+        q, query = _queries(block, fused, k, None, now, False)
+        at = (block.heads + block.groups) * block.dim
+        v = fused[..., at : at + block.groups * block.dim].unflatten(-1, (-1, block.dim)).transpose(1, 2)
+        _fill_ring(keys, k)
+        _fill_ring(values, v)
+    settings = _settings(network, block, now)
+    where = now.offset, now.start
+    if block.kind == "full":
+        return _prefill_full(network, index, q, k, v, now, settings)
+    near = {key: settings[key] for key in ("window", "scale", "implementation")}
+    if block.source is None:
+        branch = window_attention(q, k, v, *where, **near)
+        return branch[0] if block.attention is None else with_sink(*branch, block.attention.window_sink)[0]
+    source = now.selected[block.source]
+    k_far, v_far = (k, v) if block.kind == "reuse" else (source.keys, source.values)
+    far = block_sparse_attention(query, k_far, v_far, source.indices, *where, union=source.union, **settings)
+    far = _far_branch(block, far)
+    if block.merges:
+        return merged_window_attention(q, k, v, *where, *far, _gate_logit(block, fused), **near)
+    branch = with_sink(*window_attention(q, k, v, *where, **near), block.attention.window_sink)
+    return _mix(block, x, branch, far, now)
+
+
+def _prefill_full(
+    network: Network, index: int, q: Tensor, k: Tensor, v: Tensor, now: Pass, settings: dict[str, Any]
+) -> Tensor:
+    block = network.blocks[index]
+    where = now.offset, now.start
+    if not block.scored and q.is_cuda and not now.padded:
+        with sdpa_kernel(SDPA_ORDER, set_priority=True):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=block.scale, enable_gqa=True
+            )
+    if not block.scored:
+        return oracle_attention(q, k, v, *where, with_scores=False, **settings)[0]
+    out, _, indices = oracle_attention_topk(q, k, v, *where, topk=network.topk, **settings)
+    if now.select is not None:
+        indices = now.select(indices)
+    union = tile_union(
+        indices, *where, slots=k.shape[2], block_size=network.block_size, window=block.window,
+        ratio=block.heads // block.groups, implementation=now.implementation,
+    )  # fmt: skip
+    now.selected[index] = Selected(k, v, indices, union)
+    return out
+
+
+def _far_branch(block: Block, far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The sparse branch with its sink and its value map."""
+    out, lse = with_sink(*far, block.attention.sparse_sink)
+    if block.attention.value_map is not None:
+        out = out @ block.attention.value_map.transpose(1, 2)
+    return out, lse
+
+
+def _mix(
+    block: Block, x: Tensor, near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], now: Pass
+) -> Tensor:
+    out: Tensor = block.attention.gate(x, *near, *far, implementation=now.implementation)
+    return out
+
+
+def _fill_ring(ring: Tensor, x: Tensor) -> None:
+    """Put the last tokens of x [B, G, T, d], which begin at slot 0, into their places of a ring."""
+    size, length = ring.shape[2], x.shape[2]
+    if length <= size:
+        ring[:, :, :length] = x
+        return
+    turn = length % size  # the slot after the last one goes here
+    ring[:, :, turn:] = x[:, :, length - size : length - turn]
+    ring[:, :, :turn] = x[:, :, length - turn :]

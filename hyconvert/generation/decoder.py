@@ -1,0 +1,301 @@
+"""The decode loop: preallocated caches, prompts layer by layer, and one CUDA graph per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyconvert.errors import HyconvertError
+from hyconvert.generation.attention import Pass, attend
+from hyconvert.generation.caches import Caches
+from hyconvert.generation.network import Network, Norm, read_network
+from hyconvert.generation.sampling import Sampling
+from hyconvert_kernels import add_norm
+
+PREFILL_TOKENS = 131_072
+"""Tokens that pass through the layers at a time: rows of a batch are taken together up to so many."""
+
+
+class Decoder:
+    """A model with room for so many sequences of such a length, ready to write.
+
+    Dense models of a supported family and converted models run on the same loop. On a GPU a step, from the embedding
+    to the next token, is one CUDA graph; elsewhere it runs on the plain references.
+
+    Args:
+        model: from `hyconvert.load`, or a base from transformers. Its projections become views of fused ones; it can
+            still be used as before.
+        batch: sequences.
+        max_length: most tokens of a sequence, prompt, padding and new ones together.
+        sampling: how tokens are chosen.
+        eos: token ids that end a sequence.
+        pad: what follows the end.
+        graph: capture steps in a CUDA graph; None means where there is a GPU.
+        implementation: "triton", "reference", or None for whichever runs on the model's device.
+
+    Raises:
+        UnsupportedModelError: the model does not fit; see `read_network`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch: int,
+        max_length: int,
+        sampling: Sampling | None = None,
+        eos: tuple[int, ...] = (),
+        pad: int = 0,
+        graph: bool | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        if batch < 1 or max_length < 1:
+            raise HyconvertError(
+                f"room for {batch} sequences of {max_length} tokens is none; use at least 1 of each"
+            )
+        self.network: Network = model if isinstance(model, Network) else read_network(model, implementation)
+        self.batch, self.max_length = batch, max_length
+        self.sampling = sampling or Sampling()
+        self.pad = pad
+        self.implementation = implementation
+        device = self.network.device
+        self.graphed = device.type == "cuda" if graph is None else graph
+        self.caches = Caches.allocate(self.network, batch, max_length)
+        self.cos, self.sin = self.network.rope_tables(max_length)
+        self.length = 0
+        """Tokens cached per row, padding counted; the host's copy of `offset`."""
+        self.dense_length: int | None = None
+        """See `Pass.dense_length`."""
+        self.select: Callable[[Tensor], Tensor] | None = None
+        """See `Pass.select`."""
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.offset = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.first = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.written = torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        groups = self.network.blocks[0].groups
+        self._counter = torch.zeros(batch * groups, dtype=torch.int32, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Read prompts, forget all earlier ones, and choose each row's first new token.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T] with 0 for padding, which must be on the left; None for none.
+
+        Returns:
+            Logits [B, V] after the prompts.
+
+        Raises:
+            HyconvertError: the prompts do not fit, or are not padded on the left.
+        """
+        batch, length = input_ids.shape
+        if batch != self.batch:
+            raise HyconvertError(
+                f"{batch} prompts for a decoder with room for {self.batch}; make one for {batch}"
+            )
+        if length > self.max_length or not length:
+            raise HyconvertError(
+                f"prompts of {length} tokens for a decoder with room for {self.max_length}; make one with a larger "
+                "max_length"
+                if length
+                else "the prompts are empty; begin with at least one token"
+            )
+        device = self.network.device
+        padding = _padding(attention_mask, input_ids)
+        padded = bool(padding.any())
+        self.first.copy_(padding)
+        self.length = length
+        self.offset.fill_(length)
+        self.at.zero_()
+        self.finished.zero_()
+        ids = input_ids.to(device)
+        rows = max(1, PREFILL_TOKENS // length)
+        logits = torch.cat(
+            [self._read(ids[at : at + rows], slice(at, at + rows), padded) for at in range(0, batch, rows)]
+        )
+        self._emit(self.sampling.choose(logits))
+        return logits
+
+    def assume(self, length: int, seed: int = 0) -> None:
+        """Fill the caches with random numbers as if prompts of `length` tokens had been read, to time what follows.
+
+        Raises:
+            HyconvertError: there is no room for so many.
+        """
+        if length > self.max_length:
+            raise HyconvertError(
+                f"{length} tokens do not fit into {self.max_length}; use a larger max_length"
+            )
+        self.caches.fill(seed)
+        self.first.zero_()
+        self.offset.fill_(length)
+        self.length = length
+        self.at.zero_()
+        self.finished.zero_()
+        self.token.fill_(1)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Write one more token per row, into `token` and `written`.
+
+        Raises:
+            HyconvertError: the sequences have their maximum length.
+        """
+        if self.length >= self.max_length:
+            raise HyconvertError(
+                f"the sequences have reached {self.max_length} tokens, all that there is room for; make a decoder with "
+                "a larger max_length"
+            )
+        if self.graphed and self._graph is None:
+            self._capture()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+        self.length += 1
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int
+    ) -> Tensor:
+        """Continue prompts.
+
+        Args:
+            input_ids, attention_mask: as for `prefill`.
+            max_new_tokens: most new tokens per row.
+
+        Returns:
+            [B, T + N] prompts and new tokens on the model's device, as `transformers`' generate returns them: N is
+            less than asked for where every row has ended, and rows that end earlier are filled up with `pad`.
+
+        Raises:
+            HyconvertError: see `prefill`; or there is no room for so many.
+        """
+        length = input_ids.shape[1]
+        if length + max_new_tokens > self.max_length:
+            raise HyconvertError(
+                f"{length} tokens and {max_new_tokens} new ones are more than max_length {self.max_length}; give it at "
+                f"least {length + max_new_tokens}, or ask for fewer new tokens"
+            )
+        if max_new_tokens < 1:
+            raise HyconvertError(f"max_new_tokens {max_new_tokens} asks for nothing; use at least 1")
+        self.prefill(input_ids, attention_mask)
+        for count in range(1, max_new_tokens):
+            if (
+                len(self._eos) and count % 8 == 1 and bool(self.finished.all())
+            ):  # seldom: it waits for the GPU
+                break
+            self.step()
+        count = int(self.at)
+        new = self.written[:, :count].clone()
+        if len(self._eos):
+            ended = torch.isin(new, self._eos).long().cumsum(1) > 0
+            open_until = (~ended).sum(1).max()  # tokens before the last row's end
+            new = new[:, : min(count, int(open_until) + 1)]
+        return torch.cat([input_ids.to(new.device), new], 1)
+
+    def _read(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
+        """Logits [b, V] after some rows' prompts, which go into the caches."""
+        batch, length = ids.shape
+        slots = torch.arange(length, device=ids.device)
+        first = self.first[rows]
+        now = Pass(
+            torch.zeros(batch, dtype=torch.int64, device=ids.device), first,
+            torch.minimum(first[:, None], slots).contiguous(), self.cos, self.sin, padded,
+            implementation=self.implementation, select=self.select,
+        )  # fmt: skip
+        return self._run(ids, rows, now)
+
+    def _run(self, ids: Tensor, rows: slice, now: Pass) -> Tensor:
+        """Logits [b, V] of the last of ids [b, T]."""
+        network = self.network
+        x = torch.nn.functional.embedding(ids, network.embedding)
+        residual: Tensor | None = None
+        last = len(network.blocks) - 1
+        for index, block in enumerate(network.blocks):
+            if block.before is not None:
+                x, residual = self._norm(x, residual, block.before)
+            elif residual is None:
+                residual = x.clone()
+            out = attend(
+                network, index, x, self.caches.keys[index][rows], self.caches.values[index][rows], now
+            )
+            if index == last and out.shape[1] > 1:  # nothing but the last token is wanted from here on
+                out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
+            x, residual = self._norm(out, residual, block.between)
+            x = block.mlp(x)
+            if block.behind is not None:
+                x, residual = self._norm(x, residual, block.behind)
+        x = self._norm(x, None if network.blocks[-1].behind is not None else residual, network.norm)[0]
+        return network.head(x[:, -1])
+
+    def _norm(self, x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        return add_norm(
+            x, residual, norm.weight, norm.eps, after=norm.after, implementation=self.implementation
+        )
+
+    def _step(self) -> None:
+        now = Pass(
+            self.offset, self.first, self.first[:, None], self.cos, self.sin, counter=self._counter,
+            implementation=self.implementation, dense_length=self.dense_length,
+        )  # fmt: skip
+        logits = self._run(self.token, slice(None), now)
+        self.offset += 1
+        self._emit(self.sampling.choose(logits))
+
+    def _emit(self, token: Tensor) -> None:
+        """Note each row's next token [B]."""
+        if len(self._eos):
+            token = torch.where(self.finished, self.pad, token)
+            self.finished |= (token[:, None] == self._eos).any(1)
+        self.token.copy_(token[:, None])
+        self.written.scatter_(1, self.at.expand(self.batch)[:, None], token[:, None])
+        self.at += 1
+
+    def _capture(self) -> None:
+        """Record a step; kernels are compiled and set up before, by two steps that leave no trace."""
+        state = [self.token, self.offset, self.finished, self.at]
+        kept = [x.clone() for x in state]
+        seed = torch.cuda.get_rng_state(self.network.device)
+        stream = torch.cuda.Stream(self.network.device)
+        stream.wait_stream(torch.cuda.current_stream(self.network.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step()
+                for x, old in zip(state, kept, strict=True):
+                    x.copy_(old)
+        torch.cuda.current_stream(self.network.device).wait_stream(stream)
+        torch.cuda.set_rng_state(seed, self.network.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+
+    def forget_graph(self) -> None:
+        """Capture anew at the next step, after `dense_length` or the like was changed."""
+        self._graph = None
+
+
+def _padding(mask: Tensor | None, ids: Tensor) -> Tensor:
+    """Padding tokens [B] on the left of each row."""
+    if mask is None:
+        return torch.zeros(len(ids), dtype=torch.int64)
+    if mask.shape != ids.shape:
+        raise HyconvertError(
+            f"the attention mask has shape {tuple(mask.shape)} for prompts of shape {tuple(ids.shape)}; give one entry "
+            "per token"
+        )
+    real = mask.bool().cpu()
+    if bool((real[:, 1:] < real[:, :-1]).any()) or not bool(real[:, -1].all()):
+        raise HyconvertError(
+            "the attention mask has padding behind or between real tokens; pad prompts on the left, and give each at "
+            "least one token"
+        )
+    return (~real).sum(1)

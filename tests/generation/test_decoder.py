@@ -1,0 +1,211 @@
+"""The decode loop writes what transformers' generate writes, in caches of exactly the counted size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyconvert.errors import HyconvertError, UnsupportedModelError
+from hyconvert.generation import Decoder, Sampling, generate
+from hyconvert.kv import base_kv_bytes, kv_bytes
+from tests.modeling.tiny import FAMILY_NAMES, base_model, converted, mixed_model, plan_of, tokens
+
+PROMPT, NEW = 27, 18
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+
+
+def padded(batch: int = 3, length: int = PROMPT) -> tuple[Tensor, Tensor]:
+    """Prompts [B, T] with 0, 9 and 20 tokens of padding, and their mask."""
+    ids = tokens(batch, length)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 9, 20)):
+        mask[row, :pad] = 0
+    return ids, mask
+
+
+def check(model: Any, **options: Any) -> None:
+    ids, mask = padded()
+    want = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=[], **options), want)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), want), (
+        "the model itself was changed"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_tokens_are_transformers_in_every_family(family: str) -> None:
+    check(mixed_model(family))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_greedy_tokens_of_a_dense_model_are_transformers(family: str) -> None:
+    check(base_model(family))
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("F*7", {}),
+        ("W*7", {}),
+        ("F S0*5 F", {"window": 40}),
+        ("W F S1 R1 S1 W W", {"sinks": True}),
+        ("F R0*2 F S3 W F", {"gate": "sigmoid"}),
+        ("F R0*2 F S3*3", {"gate": "sigmoid", "maps": True}),
+        ("F S0 R0 W F S4 F", {"block_size": 1, "topk": 5, "window": 2}),
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_transformers_under_every_plan(line: str, settings: dict[str, Any]) -> None:
+    check(mixed_model(line=line, **settings))
+
+
+@pytest.mark.parametrize("line", ["L*4 F S4 F", "L F S1 L W R1 L"])
+def test_greedy_tokens_are_transformers_with_sliding_layers_of_the_base(line: str) -> None:
+    kinds = ["sliding_attention" if token == "L" else "full_attention" for token in plan_kinds(line)]
+    base = base_model("qwen2", sliding_window=11, use_sliding_window=True, layer_types=kinds)
+    check(base)
+    check(converted(base, plan_of(line)))
+
+
+def plan_kinds(line: str) -> list[str]:
+    return [str(layer) for layer in plan_of(line).layers]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 7])
+def test_short_prompts(length: int) -> None:
+    model, ids = mixed_model(), tokens(2, length)
+    want = model.generate(ids, **GREEDY)
+    assert torch.equal(generate(model, ids, max_new_tokens=NEW, eos_token_id=[]), want)
+
+
+def test_a_decoder_serves_prompt_after_prompt() -> None:
+    model = mixed_model()
+    decoder = Decoder(model, batch=3, max_length=64)
+    for length in (40, 9, 21):
+        ids = tokens(3, length, seed=length)
+        assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
+
+
+def test_rows_that_are_read_one_after_the_other_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PREFILL_TOKENS", PROMPT)
+    check(mixed_model())
+
+
+def test_long_prompts_pass_the_mlp_in_pieces() -> None:
+    model, ids = mixed_model(), tokens(2, PROMPT)
+    decoder = Decoder(model, batch=2, max_length=64)
+    for block in decoder.network.blocks:
+        block.mlp.tokens = 10
+    assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
+
+
+def test_writing_stops_where_every_row_has_ended() -> None:
+    model = mixed_model()
+    ids, mask = padded()
+    free = model.generate(ids, attention_mask=mask, **GREEDY)[:, PROMPT:]
+    for ends in ([int(free[0, 3])], [int(free[0, 2]), int(free[1, 5]), int(free[2, 9])]):
+        options = {"max_new_tokens": NEW, "eos_token_id": ends, "pad_token_id": 0}
+        want = model.generate(ids, attention_mask=mask, do_sample=False, **options)
+        assert torch.equal(generate(model, ids, mask, **options), want)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_caches_hold_exactly_what_is_counted(static: bool) -> None:
+    length = 50 if static else 5  # longer and shorter than the window
+    model = mixed_model()
+    caches = Decoder(model, batch=2, max_length=length).caches
+    want = kv_bytes(model.config, length, dtype_bytes=4, batch=2, static=True)
+    assert [k.nbytes + v.nbytes for k, v in zip(caches.keys, caches.values, strict=True)] == want
+    assert caches.nbytes == sum(want)
+    base = base_model("llama")
+    assert Decoder(base, batch=2, max_length=length).caches.nbytes == sum(
+        base_kv_bytes(base.config, length, dtype_bytes=4, batch=2, static=True)
+    )
+
+
+def test_weights_are_held_once() -> None:
+    model = mixed_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first, second = Decoder(model, batch=1, max_length=8), Decoder(model, batch=1, max_length=8)
+    block = first.network.blocks[1]
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    fused = block.inputs.weight.untyped_storage().data_ptr()
+    assert attention.k_proj.weight.untyped_storage().data_ptr() == fused
+    assert attention.gate.weight.untyped_storage().data_ptr() == fused
+    assert second.network.blocks[1].inputs.weight.data_ptr() == block.inputs.weight.data_ptr()
+    assert mlp.up_proj.weight.untyped_storage().data_ptr() == block.mlp.up.weight.untyped_storage().data_ptr()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_sampling_follows_the_seed_and_its_limits() -> None:
+    model, ids = mixed_model(), tokens(2, PROMPT)
+
+    def sample(seed: int, **options: Any) -> Tensor:
+        torch.manual_seed(seed)
+        return generate(model, ids, max_new_tokens=NEW, eos_token_id=[], temperature=1.0, **options)
+
+    assert torch.equal(sample(3), sample(3))
+    assert not torch.equal(sample(3), sample(4))
+    greedy = model.generate(ids, **GREEDY)
+    assert torch.equal(sample(3, top_k=1), greedy)
+    assert torch.equal(sample(3, top_p=1e-6), greedy)
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(4000, 4)
+    for limits, allowed in (({}, 4), ({"top_k": 2}, 2), ({"top_p": 0.6}, 2), ({"top_p": 0.71}, 3)):
+        torch.manual_seed(0)
+        shares = torch.bincount(Sampling(1.0, **limits).choose(logits), minlength=4) / 4000
+        want = torch.tensor([0.4, 0.3, 0.2, 0.1])[:allowed]
+        torch.testing.assert_close(shares[:allowed], want / want.sum(), atol=0.03, rtol=0)
+        assert not shares[allowed:].any()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, ids = mixed_model(), tokens(1, 10)
+    decoder = Decoder(model, batch=1, max_length=12)
+    with pytest.raises(HyconvertError, match="give it at least 13, or ask for fewer"):
+        decoder.generate(ids, max_new_tokens=3)
+    with pytest.raises(HyconvertError, match="prompts of 13 tokens for a decoder with room for 12"):
+        decoder.prefill(tokens(1, 13))
+    with pytest.raises(HyconvertError, match="2 prompts for a decoder with room for 1"):
+        decoder.prefill(tokens(2, 4))
+    with pytest.raises(HyconvertError, match="the prompts are empty"):
+        decoder.prefill(ids[:, :0])
+    with pytest.raises(HyconvertError, match="asks for nothing"):
+        decoder.generate(ids, max_new_tokens=0)
+    decoder.prefill(ids)
+    decoder.step()
+    decoder.step()
+    with pytest.raises(HyconvertError, match="have reached 12 tokens"):
+        decoder.step()
+    with pytest.raises(HyconvertError, match="13 tokens do not fit into 12"):
+        decoder.assume(13)
+    with pytest.raises(HyconvertError, match="room for 0 sequences"):
+        Decoder(model, batch=0, max_length=12)
+    for wrong in (torch.ones(1, 9), torch.tensor([[1] * 8 + [0] * 2]), torch.zeros(1, 10)):
+        with pytest.raises(HyconvertError, match="attention mask"):
+            decoder.prefill(ids, wrong)
+    for options in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}):
+        with pytest.raises(HyconvertError):
+            Sampling(**options)
+
+
+def test_models_that_the_loop_cannot_run_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UnsupportedModelError, match="RoPE of type 'dynamic' changes with the length"):
+        Decoder(base_model("llama", rope_parameters=rope), batch=1, max_length=8)
+    model = base_model("llama")
+    attention = model.model.layers[2].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.self_attn\.q_proj is a Sequential"):
+        Decoder(model, batch=1, max_length=8)
+
+
+def test_random_contexts_decode() -> None:
+    decoder = Decoder(mixed_model(), batch=2, max_length=40)
+    decoder.assume(30)
+    for _ in range(10):
+        decoder.step()
+    assert decoder.length == 40 and int(decoder.at) == 10 and decoder.caches.keys[0].isfinite().all()

@@ -1,0 +1,32 @@
+"""The decode loop on the kernels writes what transformers' generate writes on the references."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hyconvert.generation import generate
+from tests.modeling.tiny import base_model, converted, plan_of, tokens
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks.check_model checks kernels on a GPU"),
+    pytest.mark.filterwarnings(
+        "ignore:invalid value encountered:RuntimeWarning",  # NumPy's, in the interpreter, for -inf - -inf under a mask
+        "ignore:All-NaN slice:RuntimeWarning",
+    ),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3", None])
+def test_kernels_write_the_same_tokens(family, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = base_model(family or "llama", hidden_size=64, head_dim=16, num_hidden_layers=4)
+    if family:
+        model = converted(model, plan_of("F S0 W R0", block_size=16, topk=1, window=5))
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    want = model.generate(ids, attention_mask=mask, **options)
+    got = generate(model, ids, mask, max_new_tokens=3, eos_token_id=[], implementation="triton")
+    assert torch.equal(got, want)
