@@ -20,7 +20,7 @@ def render(result: Evaluation, console: Console) -> None:
         if table is not None:
             console.print(table)
     for note in result.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if result.verdict:
         _verdict(result.verdict, console)
     console.print(f"{result.seconds:.0f} s on {result.device} in {result.dtype}", highlight=False)

@@ -146,7 +146,7 @@ def evaluate_pair(
         line=plan.line,
         plan=plan.model_dump(include={"block_size", "topk", "window", "gate", "sinks"}),
         device=torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device),
-        dtype=str(config.dtype or pair.converted.dtype).removeprefix("torch."),
+        dtype=str(pair.converted.dtype).removeprefix("torch."),
         settings=settings,
         kv=count_kv(config),
         notes=_notes(pair, settings),

@@ -8,7 +8,9 @@ prompts up and need no download.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,29 +61,37 @@ def run_tasks(
         HyconvertError: the harness is not installed, or a task cannot be had.
     """
     check_tasks(tasks)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     limited = getattr(pair.base.config, "max_position_embeddings", None) or length
-    metadata = {"pretrained": pair.path, "max_seq_lengths": [min(length, limited)]}
+    options = {
+        "tasks": list(tasks),
+        "limit": limit,
+        "batch_size": batch_size,
+        "metadata": {"pretrained": pair.path, "max_seq_lengths": [min(length, limited)]},
+        "bootstrap_iters": 0,
+        "log_samples": False,
+    }
     found = {}
     for name, model in pair.models.items():
-        lm = HFLM(pretrained=model, tokenizer=pair.tokenizer, batch_size=batch_size, backend="causal")
         try:
-            results = lm_eval.simple_evaluate(
-                model=lm, tasks=list(tasks), limit=limit, batch_size=batch_size, metadata=metadata, bootstrap_iters=0,
-                log_samples=False,
-            )  # fmt: skip
+            found[name] = _run(model, pair.tokenizer, options)
         except (KeyError, ValueError, OSError, ImportError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise HyconvertError(
                 f"the tasks {', '.join(tasks)} cannot be run ({type(error).__name__}: {reason}); check their names "
                 "with lm_eval ls tasks, and whether their data must be downloaded"
             ) from error
-        found[name] = metrics_of(results)
         if on_model:
             on_model(name)
     return found
+
+
+def _run(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, dict[str, float]]:
+    with contextlib.redirect_stdout(sys.stderr):  # tasks print; stdout is for the result
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options["batch_size"], backend="causal")
+        return metrics_of(lm_eval.simple_evaluate(model=lm, **options))
 
 
 def metrics_of(results: dict[str, Any]) -> dict[str, dict[str, float]]:
