@@ -88,10 +88,12 @@ def figures(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss_plot(curve: dict[str, list[float]]) -> str:
-    series = {name: list(zip(curve["position"], curve[name], strict=True)) for name in ("base", "converted")}
-    low, high = span_of(curve["base"] + curve["converted"])
-    first, last = curve["position"][0], curve["position"][-1]
-    x = Axis("position, tokens", max(1.0, first), max(last, first + 1), log=True)
+    """From the 16th token on where there are many: the first few are noise that would flatten the rest."""
+    first = sum(position < 16 for position in curve["position"]) if curve["position"][-1] > 128 else 0
+    positions = curve["position"][first:]
+    series = {name: list(zip(positions, curve[name][first:], strict=True)) for name in ("base", "converted")}
+    low, high = span_of([loss for points in series.values() for _, loss in points])
+    x = Axis("position, tokens", positions[0], max(positions[-1], positions[0] + 1), log=True)
     return line_plot("Loss by position", x, Axis("loss, nats per token", max(0.0, low), high), series)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 28, 44
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def line_plot(
         if dots:
             parts += [f'<circle class="dot s{index}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in places]
         at = _LEFT + 12 + 150 * index
-        parts.append(
-            f'<line class="line s{index}" x1="{at}" y1="{_TOP + 8}" x2="{at + 22}" y2="{_TOP + 8}"/>'
-        )
-        parts.append(_text(at + 28, _TOP + 12, name, "start"))
+        parts.append(f'<line class="line s{index}" x1="{at}" y1="10" x2="{at + 22}" y2="10"/>')
+        parts.append(_text(at + 28, 14, name, "start"))
     return _svg(title, WIDTH, HEIGHT, parts)
 
 
