@@ -15,13 +15,19 @@ def update_card(card: str, data: dict[str, Any]) -> str:
         card: Markdown; may be empty.
         data: `Evaluation.to_dict()`.
     """
+    card = without_evaluation(card)
     section = f"{_BEGIN}\n{evaluation_section(data)}\n{_END}\n"
-    if _BEGIN in card and _END in card:
-        head, _, rest = card.partition(_BEGIN)
-        return head + section + rest.partition(_END)[2].removeprefix("\n")
     if "## Plan" in card:
         return card.replace("## Plan", f"{section}\n## Plan", 1)
     return f"{card.rstrip()}\n\n{section}".lstrip()
+
+
+def without_evaluation(card: str) -> str:
+    """A model card without its evaluation section, for a model that has changed since."""
+    if _BEGIN not in card or _END not in card:
+        return card
+    head, _, rest = card.partition(_BEGIN)
+    return head + rest.partition(_END)[2].lstrip("\n")
 
 
 def evaluation_section(data: dict[str, Any]) -> str:

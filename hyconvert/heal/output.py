@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hyconvert.checkpoint import CheckpointWriter
+from hyconvert.evaluation.card import without_evaluation
 from hyconvert.heal.checks import Checked
 from hyconvert.heal.report import HealReport, healed_card, plot
 
@@ -47,5 +48,7 @@ def write_companions(
     card = folder / "README.md"
     writer.write_text(
         "README.md",
-        healed_card(card.read_text() if card.is_file() else "", report, command, image is not None),
+        healed_card(
+            without_evaluation(card.read_text()) if card.is_file() else "", report, command, image is not None
+        ),
     )

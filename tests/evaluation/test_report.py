@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hyconvert.evaluation.card import update_card
+from hyconvert.evaluation.card import update_card, without_evaluation
 from hyconvert.evaluation.limits import Limits
 from hyconvert.evaluation.output import report_files, write
 from hyconvert.evaluation.report import layer_map, render_page
@@ -131,13 +131,17 @@ def test_page_and_json_are_written_side_by_side(judged: Evaluation, tmp_path: Pa
 
 def test_the_model_card_gets_its_numbers_once(judged: Evaluation, tmp_path: Path) -> None:
     card = tmp_path / "README.md"
-    card.write_text("---\ntags: []\n---\n\n# Model\n\n## Plan\n\nF S0\n")
+    original = "---\ntags: []\n---\n\n# Model\n\n## Plan\n\nF S0\n"
+    card.write_text(original)
     write(judged, str(tmp_path), None, card=True)
     once = card.read_text()
     assert "## Evaluation" in once and once.index("## Evaluation") < once.index("## Plan")
     assert "**Fails its gate:** " in once and "hyconvert eval converted" in once and "F S0\n" in once
     write(judged, str(tmp_path), None, card=True)
     assert card.read_text() == once and [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert (
+        without_evaluation(once) == original
+    )  # as healing leaves it: the numbers are not the healed model's
     assert update_card("", judged.to_dict()).count("## Evaluation") == 1
 
 
