@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hyconvert import cli_eval, cli_heal, cli_planning
+from hyconvert import cli_bench, cli_eval, cli_heal, cli_planning
 from hyconvert.errors import PlanError
 from hyconvert.options import (
     Device,
@@ -180,6 +180,7 @@ def inspect(
 
 app.command("eval")(cli_eval.evaluate)
 app.command()(cli_eval.chat)
+app.command()(cli_bench.bench)
 
 
 def main() -> None:

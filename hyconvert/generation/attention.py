@@ -44,6 +44,13 @@ class Selected(NamedTuple):
     union: Any = None
 
 
+class DenseWay(NamedTuple):
+    """PyTorch's attention for decoding, to time it: over exactly `length` keys, by the first backend that can."""
+
+    length: int
+    backends: list[SDPBackend]
+
+
 @dataclass
 class Pass:
     """One pass through the layers.
@@ -58,7 +65,7 @@ class Pass:
         counter: what `sparse_decode` counts in, or None.
         implementation: of the kernels.
         select: puts other block indices in the place of a layer's own, to time a given overlap; None for none.
-        dense_length: with it, a layer without readers decodes by PyTorch's attention over exactly so many keys.
+        dense: with it, a full layer without readers decodes by PyTorch's attention, over a fixed number of keys.
     """
 
     offset: Tensor
@@ -71,10 +78,19 @@ class Pass:
     counter: Tensor | None = None
     implementation: str | None = None
     select: Callable[[Tensor], Tensor] | None = None
-    dense_length: int | None = None
+    dense: DenseWay | None = None
 
 
-def attend(network: Network, index: int, x: Tensor, keys: Tensor, values: Tensor, now: Pass) -> Tensor:
+def attend(
+    network: Network,
+    index: int,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    now: Pass,
+    *,
+    last_only: bool = False,
+) -> Tensor:
     """Attention and output projection of layer `index`.
 
     Args:
@@ -83,9 +99,10 @@ def attend(network: Network, index: int, x: Tensor, keys: Tensor, values: Tensor
         x: [B, T, D], after the norm before attention; T > 1 is a whole prompt, T = 1 a step.
         keys, values: the layer's cache, of these B rows.
         now: the pass.
+        last_only: only the last token's output is wanted.
 
     Returns:
-        [B, T, D].
+        [B, T, D], or with `last_only` perhaps [B, 1, D].
     """
     block = network.blocks[index]
     fused = block.inputs(x)
@@ -94,7 +111,7 @@ def attend(network: Network, index: int, x: Tensor, keys: Tensor, values: Tensor
     if x.shape[1] == 1:
         out = _decode(network, index, x, fused, keys, values, now)
     else:
-        out = _prefill(network, index, x, fused, keys, values, now)
+        out = _prefill(network, index, x, fused, keys, values, now, last_only)
     return block.output(out.transpose(1, 2).flatten(2))
 
 
@@ -150,9 +167,9 @@ def _decode(
         out, _, indices = oracle_decode(q, keys, values, *where, topk=network.topk, **settings)
         now.selected[index] = Selected(keys, values, indices)
         return out
-    if block.kind == "full" and now.dense_length is not None:
-        seen = slice(now.dense_length)
-        with sdpa_kernel(SDPA_ORDER, set_priority=True):
+    if block.kind == "full" and now.dense is not None:
+        seen = slice(now.dense.length)
+        with sdpa_kernel(now.dense.backends, set_priority=True):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, keys[:, :, seen], values[:, :, seen], scale=block.scale, enable_gqa=True
             )
@@ -183,7 +200,14 @@ def _decode(
 
 
 def _prefill(
-    network: Network, index: int, x: Tensor, fused: Tensor, keys: Tensor, values: Tensor, now: Pass
+    network: Network,
+    index: int,
+    x: Tensor,
+    fused: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    now: Pass,
+    last_only: bool,
 ) -> Tensor:
     block = network.blocks[index]
     length = x.shape[1]
@@ -199,6 +223,9 @@ def _prefill(
         _fill_ring(values, v)
     settings = _settings(network, block, now)
     where = now.offset, now.start
+    if block.kind == "full" and last_only and not block.scored:
+        one = now.offset + (length - 1), now.start[:, -1:]
+        return oracle_attention(q[:, :, -1:], k, v, *one, with_scores=False, **settings)[0]
     if block.kind == "full":
         return _prefill_full(network, index, q, k, v, now, settings)
     near = {key: settings[key] for key in ("window", "scale", "implementation")}

@@ -21,17 +21,22 @@ class Caches:
 
     keys: list[Tensor]
     values: list[Tensor]
+    allocated: int | None = None
+    """Bytes that a GPU's allocator counted for them."""
 
     @classmethod
     def allocate(cls, network: Network, batch: int, length: int) -> Caches:
         """Room for `batch` sequences of up to `length` tokens."""
+        on_gpu = network.device.type == "cuda"
+        before = torch.cuda.memory_allocated(network.device) if on_gpu else 0
         keys, values = [], []
         for block in network.blocks:
             slots = length if block.ring is None else min(block.ring, length)
             shape = (batch, block.groups, slots, block.dim)
             keys.append(torch.zeros(shape, dtype=network.dtype, device=network.device))
             values.append(torch.zeros(shape, dtype=network.dtype, device=network.device))
-        return cls(keys, values)
+        counted = torch.cuda.memory_allocated(network.device) - before if on_gpu else None
+        return cls(keys, values, counted)
 
     @property
     def nbytes(self) -> int:

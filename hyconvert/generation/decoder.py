@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyconvert.errors import HyconvertError
-from hyconvert.generation.attention import Pass, attend
+from hyconvert.generation.attention import DenseWay, Pass, attend
 from hyconvert.generation.caches import Caches
 from hyconvert.generation.network import Network, Norm, read_network
 from hyconvert.generation.sampling import Sampling
@@ -67,8 +67,8 @@ class Decoder:
         self.cos, self.sin = self.network.rope_tables(max_length)
         self.length = 0
         """Tokens cached per row, padding counted; the host's copy of `offset`."""
-        self.dense_length: int | None = None
-        """See `Pass.dense_length`."""
+        self.dense: DenseWay | None = None
+        """See `Pass.dense`; call `forget_graph` after changing it."""
         self.select: Callable[[Tensor], Tensor] | None = None
         """See `Pass.select`."""
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -224,10 +224,9 @@ class Decoder:
                 x, residual = self._norm(x, residual, block.before)
             elif residual is None:
                 residual = x.clone()
-            out = attend(
-                network, index, x, self.caches.keys[index][rows], self.caches.values[index][rows], now
-            )
-            if index == last and out.shape[1] > 1:  # nothing but the last token is wanted from here on
+            cache = self.caches.keys[index][rows], self.caches.values[index][rows]
+            out = attend(network, index, x, *cache, now, last_only=index == last)
+            if index == last:  # nothing but the last token is wanted from here on
                 out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
             x, residual = self._norm(out, residual, block.between)
             x = block.mlp(x)
@@ -244,7 +243,7 @@ class Decoder:
     def _step(self) -> None:
         now = Pass(
             self.offset, self.first, self.first[:, None], self.cos, self.sin, counter=self._counter,
-            implementation=self.implementation, dense_length=self.dense_length,
+            implementation=self.implementation, dense=self.dense,
         )  # fmt: skip
         logits = self._run(self.token, slice(None), now)
         self.offset += 1
@@ -279,7 +278,7 @@ class Decoder:
         self._graph = graph
 
     def forget_graph(self) -> None:
-        """Capture anew at the next step, after `dense_length` or the like was changed."""
+        """Capture anew at the next step, after `dense` was changed."""
         self._graph = None
 
 

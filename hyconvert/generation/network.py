@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +78,7 @@ class Block:
     before: Norm | None
     between: Norm
     behind: Norm | None
-    mlp: Callable[[Tensor], Tensor]
+    mlp: FusedMlp | ModuleMlp
 
     @property
     def merges(self) -> bool:
@@ -119,17 +118,6 @@ class Network:
     def dtype(self) -> torch.dtype:
         """Of its weights."""
         return self.embedding.dtype
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that one step reads of the weights, all experts of a mixture counted; the embedding is looked up."""
-        total = self.head.weight.nbytes
-        for block in self.blocks:
-            total += block.inputs.weight.nbytes + block.output.weight.nbytes
-            total += sum(p.nbytes for p in getattr(block.mlp, "weights", lambda: [])())
-            if getattr(block.attention, "query_map", None) is not None:
-                total += 2 * block.attention.query_map.nbytes
-        return total
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of positions 0 .. length - 1, float32 [length, d/2]."""

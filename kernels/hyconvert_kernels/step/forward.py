@@ -77,7 +77,7 @@ def _split_heads(
     PREC: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = D // 2
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     ok = row < rows
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
@@ -86,17 +86,17 @@ def _split_heads(
     inside = c < half
     mask = ok[:, None] & inside[None, :]
     source = (X + b * sxb + t * sxt + head * D)[:, None] + c[None, :]
-    x1 = tl.load(source, mask=mask, other=0.0)
-    x2 = tl.load(source + half, mask=mask, other=0.0)
+    raw1 = tl.load(source, mask=mask, other=0.0)
+    raw2 = tl.load(source + half, mask=mask, other=0.0)
     place = slot % S if RING else slot
     if head >= H + G:
-        _store_halves(V_OUT + b * svb + (head - H - G) * svg + place * svs, x1, x2, c, mask, half)
+        _store_halves(V_OUT + b * svb + (head - H - G) * svg + place * svs, raw1, raw2, c, mask, half)
     else:
         at = tl.maximum(slot - tl.load(START + b, mask=ok, other=0).to(tl.int64), 0)
         table = at[:, None] * half + c[None, :]
         cos = tl.load(COS + table, mask=mask, other=0.0)
         sin = tl.load(SIN + table, mask=mask, other=0.0)
-        x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+        x1, x2 = raw1.to(tl.float32), raw2.to(tl.float32)
         if head >= H:
             if NORM:
                 x1, x2 = _normed(x1, x2, K_NORM, c, inside, eps, D)
@@ -115,7 +115,7 @@ def _split_heads(
                 _store_halves(Q + to, x1, x2, c, mask, half)
             if SPARSE:
                 if MAPPED:
-                    corner = MAP + head.to(tl.int64) * D * D + c[None, :] * D + c[:, None]  # [in, out]
+                    corner = MAP + head * D * D + c[None, :] * D + c[:, None]  # [in, out]
                     square = inside[:, None] & inside[None, :]
                     a1, a2 = x1.to(X.dtype.element_ty), x2.to(X.dtype.element_ty)
                     x1 = tl.dot(a1, tl.load(corner, mask=square, other=0.0), input_precision=PREC)
