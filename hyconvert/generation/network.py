@@ -12,7 +12,7 @@ from hyconvert.errors import UnsupportedModelError
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.families import Family, base_window, family_of
 from hyconvert.modeling.gates import MergeGate
-from hyconvert_kernels import silu_mul
+from hyconvert_kernels import linear
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of RoPE whose tables do not depend on how long the sequence is."""
@@ -29,13 +29,14 @@ class Norm:
 
 @dataclass
 class Linear:
-    """A product `x W' + b`."""
+    """A product `x W' + b`; `implementation` is the kernel's."""
 
     weight: Tensor
     bias: Tensor | None = None
+    implementation: str | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, gated: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, gated=gated, implementation=self.implementation)
 
 
 @dataclass
@@ -131,9 +132,9 @@ class FusedMlp:
     """The gated MLP with one product for gate and up; many tokens go through it in pieces."""
 
     def __init__(self, mlp: Any, implementation: str | None, tokens: int = 16_384) -> None:
-        self.up = join([mlp.gate_proj, mlp.up_proj])
-        self.down = Linear(mlp.down_proj.weight, mlp.down_proj.bias)
-        self.implementation, self.tokens = implementation, tokens
+        self.up = join([mlp.gate_proj, mlp.up_proj], implementation)
+        self.down = Linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias, implementation)
+        self.tokens = tokens
 
     def weights(self) -> list[Tensor]:
         """Its matrices."""
@@ -141,10 +142,7 @@ class FusedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        parts = [
-            self.down(silu_mul(self.up(part), implementation=self.implementation))
-            for part in flat.split(self.tokens)
-        ]
+        parts = [self.down(self.up(part, gated=True)) for part in flat.split(self.tokens)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
 
 
@@ -164,7 +162,7 @@ class ModuleMlp:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(x.shape)
 
 
-def join(layers: list[Any]) -> Linear:
+def join(layers: list[Any], implementation: str | None = None) -> Linear:
     """One product in place of several of the same input.
 
     The layers' parameters become views of the joint one, so that nothing is held twice.
@@ -172,14 +170,14 @@ def join(layers: list[Any]) -> Linear:
     biases = [layer.bias for layer in layers]
     weight = _joint([layer.weight for layer in layers])
     if all(bias is None for bias in biases):
-        return Linear(weight)
+        return Linear(weight, None, implementation)
     if all(bias is not None for bias in biases):
-        return Linear(weight, _joint(biases))
+        return Linear(weight, _joint(biases), implementation)
     parts = [
         weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach()
         for layer in layers
     ]
-    return Linear(weight, torch.cat(parts))
+    return Linear(weight, torch.cat(parts), implementation)
 
 
 def _joint(parameters: list[Any]) -> Tensor:
@@ -225,7 +223,7 @@ def read_network(model: Any, implementation: str | None = None) -> Network:
     return Network(
         blocks,
         model.model.embed_tokens.weight.detach(),
-        Linear(model.lm_head.weight.detach(), model.lm_head.bias),
+        Linear(model.lm_head.weight.detach(), model.lm_head.bias, implementation),
         _norm(model.model.norm),
         plan.block_size if plan else 64,
         plan.topk if plan else 1,
@@ -288,8 +286,8 @@ def _read_block(
         groups=config.num_key_value_heads,
         dim=attention.head_dim,
         scale=attention.scaling,
-        inputs=join(parts),
-        output=Linear(attention.o_proj.weight.detach(), attention.o_proj.bias),
+        inputs=join(parts, implementation),
+        output=Linear(attention.o_proj.weight.detach(), attention.o_proj.bias, implementation),
         q_norm=attention.q_norm.weight.detach() if normed else None,
         k_norm=attention.k_norm.weight.detach() if normed else None,
         flat_norm=family.qk_norm == "flat",

@@ -153,3 +153,15 @@ def decode_splits(lines: int, steps: int, device: torch.device) -> int:
 def sparse_decode_tile(dtype: torch.dtype, dim: int) -> Tile:
     """Sparse-layer decode."""
     return Tile(1, 32 if dtype == torch.float32 or dim > 128 else 64, 4, 1 if dtype == torch.float32 else 2)
+
+
+MATVEC_ROWS = 1
+"""Most rows of a product that our own kernel takes from cuBLAS; `benchmarks.end_to_end` times up to 16."""
+
+
+def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
+    """Product of up to 16 rows with a matrix; ``queries`` counts matrix rows per program, ``keys`` columns per step."""
+    keys = min(512 if rows == 1 else 256, max(16, 1 << (width - 1).bit_length()))
+    if dtype == torch.float32:
+        return Tile(8 if rows == 1 else 16, min(keys, 128), 4, 2)
+    return Tile(8, keys, 4, 4) if rows == 1 else Tile(16, keys, 4, 4)

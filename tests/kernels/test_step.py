@@ -48,6 +48,18 @@ def test_silu_mul():
     torch.testing.assert_close(got, kernels.silu_mul(x, implementation="reference"), **TIGHT)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear(rows, gated, biased):
+    x, weight = normal(rows, 1, 150), normal(44, 150, seed=1)
+    bias = normal(44, seed=2) if biased else None
+    got = kernels.linear(x, weight, bias, gated=gated, most_rows=16, implementation="triton")
+    want = kernels.linear(x, weight, bias, gated=gated, implementation="reference")
+    assert got.shape == (rows, 1, 22 if gated else 44)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("length", "ring", "options"),
     [

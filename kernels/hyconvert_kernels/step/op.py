@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..dispatch import choose, on_device
+from ..configs import MATVEC_ROWS
+from ..dispatch import DTYPES, choose, on_device
 from . import reference
 
 
@@ -45,6 +47,34 @@ def silu_mul(x: Tensor, *, implementation: str | None = None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     with on_device(x):
         forward.silu_mul(x.contiguous(), out)
+    return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+    most_rows: int = MATVEC_ROWS,
+    implementation: str | None = None,
+) -> Tensor:
+    """See `reference.linear`.
+
+    Args:
+        most_rows: products of up to so many rows, at most 16, run on our kernel, and larger ones on PyTorch's.
+    """
+    if choose("linear", (x, weight, bias), implementation) == "reference":
+        return reference.linear(x, weight, bias, gated=gated)
+    rows = x.numel() // x.shape[-1]
+    if not 0 < rows <= min(most_rows, 16) or x.dtype not in DTYPES or weight.stride(-1) != 1:
+        out = torch.nn.functional.linear(x, weight, bias)
+        return silu_mul(out, implementation=implementation) if gated else out
+    from . import matvec
+
+    out = x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gated else 1))
+    with on_device(x):
+        matvec.matvec(x.reshape(rows, -1), weight, bias, out.view(rows, -1), gated=gated)
     return out
 
 

@@ -36,6 +36,22 @@ def silu_mul(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> Tensor:
+    """``x W' + b``, or with ``gated`` `silu_mul` of it.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``; with ``gated`` the gate's rows, then as many of the other factor.
+        bias: ``[N]`` or None.
+        gated: see above.
+
+    Returns:
+        ``[..., N]``, with ``gated`` ``[..., N / 2]``.
+    """
+    out = torch.nn.functional.linear(x, weight, bias)
+    return silu_mul(out) if gated else out
+
+
 def split_heads(
     x: Tensor,
     q_offset: Tensor,
