@@ -16,7 +16,7 @@ def bench(
         str,
         typer.Argument(
             help="Converted model, base, or a shape with random weights: Qwen3-8B, Llama-3.1-8B, Qwen3-30B-A3B, "
-            "HySparse-7B, HySparse-80B-A3B."
+            "HySparse-7B, HySparse-80B-A3B, SmolLM2-135M."
         ),
     ],
     base: Annotated[bool, typer.Option("--base", help="Time the dense model too, and compare.")] = False,

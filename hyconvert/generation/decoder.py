@@ -15,7 +15,7 @@ from hyconvert.generation.network import Network, Norm, read_network
 from hyconvert.generation.sampling import Sampling
 from hyconvert_kernels import add_norm
 
-PREFILL_TOKENS = 131_072
+PREFILL_TOKENS = 32_768
 """Tokens that pass through the layers at a time: rows of a batch are taken together up to so many."""
 
 

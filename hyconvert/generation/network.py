@@ -131,7 +131,7 @@ class Network:
 class FusedMlp:
     """The gated MLP with one product for gate and up; many tokens go through it in pieces."""
 
-    def __init__(self, mlp: Any, implementation: str | None, tokens: int = 16_384) -> None:
+    def __init__(self, mlp: Any, implementation: str | None, tokens: int = 8192) -> None:
         self.up = join([mlp.gate_proj, mlp.up_proj], implementation)
         self.down = Linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias, implementation)
         self.tokens = tokens
@@ -149,7 +149,7 @@ class FusedMlp:
 class ModuleMlp:
     """Any other MLP, experts among them, as transformers computes it."""
 
-    def __init__(self, mlp: Any, tokens: int = 16_384) -> None:
+    def __init__(self, mlp: Any, tokens: int = 8192) -> None:
         self.mlp, self.tokens = mlp, tokens
 
     def weights(self) -> list[Tensor]:
@@ -219,7 +219,9 @@ def read_network(model: Any, implementation: str | None = None) -> Network:
         for index, layer in enumerate(model.model.layers)
     ]
     if any(isinstance(block.mlp, ModuleMlp) for block in blocks) and blocks[0].output.weight.is_cuda:
-        config._experts_implementation = "grouped_mm"  # transformers' loop over experts cannot be captured
+        # transformers' loop over experts waits for the GPU, and so does the grouped product but in bfloat16
+        half = model.lm_head.weight.dtype == torch.bfloat16
+        config._experts_implementation = "grouped_mm" if half else "batched_mm"
     return Network(
         blocks,
         model.model.embed_tokens.weight.detach(),
