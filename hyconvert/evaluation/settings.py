@@ -14,8 +14,8 @@ PARTS: tuple[Part, ...] = ("text", "retrieval", "generation", "branches", "speed
 """Text: perplexity, KL, agreement. Branches: gate shares and ablations. The rest as they are called."""
 
 QUICK: dict[str, Any] = {
-    "tokens": 2048,
-    "sequence_length": 1024,
+    "tokens": 1536,
+    "sequence_length": 768,
     "lengths": (1024,),
     "depths": (0.1, 0.5, 0.9),
     "prompts": 1,
@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {
     "new_tokens": 16,
     "by_layer": False,
     "speed_tokens": 256,
-    "decode_tokens": 16,
+    "decode_tokens": 8,
 }
 """What `--quick` changes."""
 
