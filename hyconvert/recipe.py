@@ -18,8 +18,10 @@ GROUPS: tuple[Group, ...] = ("new", "converted", "full", "rest")
 
 
 def parse_count(value: Any) -> Any:
-    """A count as people write it: `8M` and `1.5B` are decimal, `32k` is 32,768 as for context lengths, and `8,000,000` or
-    `8_000_000` are as they stand."""
+    """A count as people write it.
+
+    `8M` and `1.5B` are decimal, `32k` is 32,768 as for context lengths, `8,000,000` and `8_000_000` are as they stand.
+    """
     if not isinstance(value, str):
         return value
     text = value.strip().replace("_", "").replace(",", "")
