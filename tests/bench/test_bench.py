@@ -113,6 +113,7 @@ def test_named_shapes_convert_by_their_ratio(name: str) -> None:
         "Qwen3-30B-A3B": 30.5,
         "HySparse-7B": 7.6,
         "HySparse-80B-A3B": 80,
+        "SmolLM2-135M": 0.1345,
     }
     assert billions == pytest.approx(want[name], rel=0.02)
 

@@ -157,3 +157,22 @@ def test_window_attention_merges_the_sparse_branch_in_one_pass():
         for name in ("reference", "triton")
     ]
     torch.testing.assert_close(*results, **TIGHT)
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_value_map_by_tensor_cores_is_the_value_map(heads):
+    from hyconvert_kernels.decode import sparse
+
+    q, near, far = normal(2, heads, 1, 16), normal(2, 2, 9, 16, seed=1), normal(2, 2, 80, 16, seed=2)
+    indices = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32, device=DEVICE).expand(2, 2, 2)[:, :, None]
+    offset, start = torch.full((2,), 70, device=DEVICE), torch.tensor([[0], [5]], device=DEVICE)
+    gate, value_map = normal(2, heads, 1, seed=3), normal(heads, 16, 16, seed=4)
+    outs = []
+    for by_dots in (False, True):
+        out = torch.full_like(q, torch.nan)
+        sparse.sparse_decode(
+            q, near, near, q, far, far, indices.contiguous(), offset, start, gate, out, block_size=16, window=9,
+            scale=0.3, value_map=value_map, by_dots=by_dots,
+        )  # fmt: skip
+        outs.append(out)
+    torch.testing.assert_close(*outs, **TIGHT)

@@ -11,9 +11,9 @@ from ..topk.forward import select_blocks
 
 @triton.jit
 def _split(
-    Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, scale_log2, window,
+    Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, SPLITS, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -76,9 +76,9 @@ def join_lse(part_lse, splits, SP: tl.constexpr):
 
 @triton.jit
 def _join(
-    PART, PART_LSE, RAW, OUT, LSE, INDICES, OFFSET, START, NB, window, TOPK,
+    PART, PART_LSE, RAW, OUT, LSE, INDICES, OFFSET, START, NB, window, TOPK, SPLITS,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SP: tl.constexpr, KP: tl.constexpr, N: tl.constexpr,
+    SP: tl.constexpr, KP: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     job, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if job < R:
@@ -125,14 +125,14 @@ def oracle_decode(
     padded = triton.next_power_of_2(dim)
     _split[(splits, batch * groups)](
         q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
-        blocks, scale * 1.4426950408889634, window,
+        blocks, splits, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
-        SPLITS=splits, SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
+        SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
     )  # fmt: skip
     size = max(32, triton.next_power_of_2(blocks)) if scored else 32
     topk = indices.shape[3] if scored else 1
     _join[(ratio + scored, batch * groups)](
-        part, part_lse, raw, out, lse, indices if scored else lse, q_offset, start, blocks, window, topk,
-        G=groups, R=ratio, D=dim, DP=padded, BLOCK=block_size, SPLITS=splits, SP=triton.next_power_of_2(splits),
+        part, part_lse, raw, out, lse, indices if scored else lse, q_offset, start, blocks, window, topk, splits,
+        G=groups, R=ratio, D=dim, DP=padded, BLOCK=block_size, SP=triton.next_power_of_2(splits),
         KP=triton.next_power_of_2(topk), N=size, num_warps=max(4, min(16, size // 512)),
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import Tile, processors, sparse_decode_tile, strides
+from ..configs import Tile, map_by_dots, processors, sparse_decode_tile, strides
 from ..tiles import LN2, finish, load_rows, softmax_step, store_rows
 
 
@@ -64,7 +64,7 @@ def _sparse_decode(
     TOPK, ring, window, scale_log2,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, RING: tl.constexpr,
-    MAPPED: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    MAPPED: tl.constexpr, MAP_STAGES: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -119,7 +119,21 @@ def _sparse_decode(
         out_s, lse_s = _join_branch(part, part_lse, W_SPLITS, splits, R, RP, D, DP, CHUNK)
         rp = tl.arange(0, RP)
         column = tl.arange(0, DP)
-        if MAPPED:
+        if MAPPED == 2:
+            rows = tl.arange(0, RM)
+            same = (rows[:, None] == rp[None, :])[:, :, None]
+            wide = tl.sum(tl.where(same, out_s[None, :, :], 0.0), 1).to(OUT.dtype.element_ty)
+            mapped = tl.zeros([RM, DP], tl.float32)
+            for h in tl.range(
+                0, R, num_stages=MAP_STAGES
+            ):  # one head's row at a time; the next matrix is on its way
+                weight = load_rows(
+                    MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP
+                )
+                one = tl.where((rows == h)[:, None], wide, tl.zeros_like(wide))
+                mapped = tl.dot(one, tl.trans(weight), mapped, input_precision=PREC)
+            out_s = tl.sum(tl.where(same, mapped[:, None, :], 0.0), 0)
+        elif MAPPED == 1:
             mapped = tl.zeros([RP, DP], tl.float32)
             for h in range(R):
                 x = tl.sum(tl.where((rp == h)[:, None], out_s, 0.0), 0)
@@ -147,11 +161,13 @@ def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
 def sparse_decode(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, out, *, block_size, window, scale,
     value_map=None, window_offset=None, window_start=None, counter=None, tile: Tile | None = None, splits=None,
+    by_dots=None,
 ):  # fmt: skip
     """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous.
 
     Without ``indices`` there is the window branch alone. ``counter`` int32 ``[B G]``, or longer, is zeros that launches
-    on one stream may share; each leaves them zeros.
+    on one stream may share; each leaves them zeros. ``by_dots`` says how the value map is applied, by default as
+    `map_by_dots` has it.
     """
     batch, heads, _, dim = q.shape
     groups = k_window.shape[1]
@@ -183,6 +199,9 @@ def sparse_decode(
         counter = _counters(q.device, stream, slots)
     ring = window_offset is None
     padded = triton.next_power_of_2(dim)
+    if by_dots is None:
+        by_dots = map_by_dots(q.dtype, dim, lines * count, q.device)
+    mapped = 0 if value_map is None else 2 if by_dots else 1
     _sparse_decode[(count, lines)](
         q, k_window, v_window, q_sparse, k, v, indices, gate, value_map if value_map is not None else q, out,
         part, part_lse, counter, q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
@@ -190,7 +209,8 @@ def sparse_decode(
         *strides(k), *strides(v), gate.stride(0), gate.stride(1), topk, k_window.shape[2], window,
         scale * 1.4426950408889634,
         G=groups, R=ratio, RM=max(16, padded_ratio), RP=padded_ratio, D=dim, DP=padded, BN=tile.keys, BLOCK=block_size,
-        W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, MAPPED=value_map is not None,
+        W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, MAPPED=mapped,
+        MAP_STAGES=3,
         CHUNK=max(1, min(triton.next_power_of_2(max(splits)), 4096 // (padded_ratio * padded))), PREC=tile.precision,
         STAGES=tile.stages, **tile.launch(),
     )  # fmt: skip
