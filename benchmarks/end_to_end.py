@@ -15,6 +15,7 @@ split-key kernel.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import sys
@@ -33,6 +34,7 @@ from hyconvert.bench.run import prompts, versions
 from hyconvert.bench.targets import DENSE, Subject, find_subjects
 from hyconvert.generation.network import read_network
 from hyconvert_kernels import linear
+from hyconvert_kernels.decode.sparse import sparse_decode
 from tests.modeling.tiny import base_model, converted, plan_of
 
 K = 1024
@@ -176,6 +178,41 @@ def products(path: Path, bandwidth: float) -> None:
         path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+def value_maps() -> None:
+    """Sparse decode's two ways to apply the value map, at Qwen3-8B's shape and 32k tokens."""
+    heads, groups, dim, length = 32, 8, 128, 32 * K
+    for batch in (1, 2, 8, 64):
+        q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+        near = torch.randn(batch, groups, 128, dim, device="cuda", dtype=torch.bfloat16)
+        far = torch.randn(min(batch, 8), groups, length, dim, device="cuda", dtype=torch.bfloat16)
+        far = far[torch.arange(batch, device="cuda") % len(far)] if batch > 8 else far
+        indices = torch.stack([torch.randperm(500, device="cuda")[:16] for _ in range(batch * groups)])
+        indices = indices.sort(-1).values.int().view(batch, groups, 1, 16)
+        offset = torch.full((batch,), length - 1, device="cuda")
+        start = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
+        gate = torch.zeros(batch, heads, 1, device="cuda")
+        maps = [torch.randn(heads, dim, dim, device="cuda", dtype=torch.bfloat16) for _ in range(26)]
+        counter = torch.zeros(batch * groups, dtype=torch.int32, device="cuda")
+        out = torch.empty_like(q)
+        line = f"sparse decode, {batch:2} rows"
+        ways: dict[str, bool | None] = {"no map": None, "one by one": False, "tensor cores": True}
+        arguments = (q, near, near, q, far, far, indices, offset, start, gate, out)
+
+        def run(
+            by_dots: bool | None, arguments: Any = arguments, counter: Any = counter, maps: Any = maps
+        ) -> None:
+            for value_map in maps:
+                sparse_decode(
+                    *arguments, block_size=64, window=128, scale=dim**-0.5, counter=counter, by_dots=by_dots,
+                    value_map=None if by_dots is None else value_map,
+                )  # fmt: skip
+
+        for way, by_dots in ways.items():
+            seconds = _graphed(lambda f=run, b=by_dots: f(b)) / len(maps)
+            line += f"  {way} {seconds * 1e6:6.1f} us"
+        print(line, flush=True)
+
+
 def _graphed(function: Callable[[], object], repeats: int = 20) -> float:
     """Seconds per call under a CUDA graph."""
     function()
@@ -242,19 +279,39 @@ def main() -> int:
     )
     profiles: dict[str, Any] | None = {} if args.profile else None
 
-    def report(target: str, file: str) -> BenchReport:
-        return BenchReport(target, name, "bfloat16", {}, versions(), rates, file=args.results / file)
+    def report(target: str, file: str, fresh: set[str]) -> BenchReport:
+        """A report that keeps what an earlier run on such a card found of other parts."""
+        path = args.results / file
+        kept: list[Row] = []
+        if path.is_file():
+            old = json.loads(path.read_text())
+            fields = {field.name for field in dataclasses.fields(Row)}
+            kept = [
+                Row(**{key: value for key, value in row.items() if key in fields})
+                for row in old["rows"]
+                if old["device"] == name and row["what"] not in fresh | {"failed"}
+            ]
+        return BenchReport(target, name, "bfloat16", {}, versions(), rates, rows=kept, file=path)
 
-    large = Run(report(args.shape, "end_to_end.json"), ceilings, profiles)
+    fresh = {"decode": {"decode", "throughput"}, "prefill": {"prefill"}}
+    large = Run(
+        report(args.shape, "end_to_end.json", set().union(*(fresh.get(part, set()) for part in args.only))),
+        ceilings, profiles,
+    )  # fmt: skip
     subjects = find_subjects(args.shape, uniform=[3, 11], base=True)
+    large.report.plans |= {subject.name: subject.plan.line for subject in subjects if subject.plan}
     if "decode" in args.only:
         decode(large, subjects)
     if "prefill" in args.only:
         prefill(large, subjects)
     if "small" in args.only:
-        small(Run(report("SmolLM2-135M", "end_to_end_small.json"), ceilings, profiles), args.model)
+        small(
+            Run(report("SmolLM2-135M", "end_to_end_small.json", {"decode", "prefill"}), ceilings, profiles),
+            args.model,
+        )
     if "linear" in args.only:
         products(args.results / "products.json", ceilings.bandwidth)
+        value_maps()
     if profiles:
         (args.results / "profiles.json").write_text(json.dumps(profiles, indent=1) + "\n")
     verdict(large.report)
