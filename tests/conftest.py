@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, and the real SmolLM2."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault(
@@ -55,6 +55,17 @@ _FAMILY = {
 def family(request: pytest.FixtureRequest) -> str:
     """Every supported family in turn, by its Transformers model type."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, since tiny tensors are slower on several (but not for the real model), and a known random state."""
+    before = torch.get_num_threads()
+    if "smollm2_gguf" not in request.fixturenames:
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

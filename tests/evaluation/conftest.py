@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hyconvert.conversion import convert
 from hyconvert.evaluation.models import Pair, load_pair
@@ -30,14 +29,6 @@ SMALL: dict[str, Any] = {
     "speed_tokens": 64,
     "decode_tokens": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
