@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyconvert.bench.measure import Bench, correlated
+from hyconvert.bench.measure import Bench, Row, correlated
 from hyconvert.bench.report import WHATS, BenchReport
 from hyconvert.bench.roofline import Ceilings
 from hyconvert.bench.targets import Subject
 from hyconvert.checkpoint.opening import DTYPES
-from hyconvert.errors import CheckpointError, HyconvertError
+from hyconvert.errors import CheckpointError, DataError, HyconvertError
 from hyconvert.evaluate import pick_device
 from hyconvert.generation.network import read_network
 from hyconvert.progress import Progress, silent
@@ -101,10 +101,11 @@ def bench(
     with progress("bench", len(subjects) * sum(count[what] for what in grid.what)) as step:
         for subject in subjects:
             model = subject.build(where, chosen)
+            written = text_prompts(subject.path)
             measured = Bench(
                 subject.name, read_network(model), ceilings, steps=grid.steps, repeats=grid.repeats
             )
-            _measure(measured, grid, report, step)
+            _measure(measured, grid, report, step, written)
             del model, measured
             gc.collect()
             if on_gpu:
@@ -112,7 +113,9 @@ def bench(
     return report
 
 
-def _measure(measured: Bench, grid: Grid, report: BenchReport, step: Any) -> None:
+def _measure(
+    measured: Bench, grid: Grid, report: BenchReport, step: Any, written: Callable[[int, int], Tensor | None]
+) -> None:
     for what in grid.what:
         for context in grid.contexts:
             if what == "throughput":
@@ -123,12 +126,14 @@ def _measure(measured: Bench, grid: Grid, report: BenchReport, step: Any) -> Non
                 if what == "decode":
                     report.add(measured.decode(batch, context))
                 elif batch * context <= grid.prompt_tokens:
-                    report.add(_prefill(measured, batch, context, grid.overlap))
+                    report.add(_prefill(measured, batch, context, grid.overlap, written(batch, context)))
                 step(f"{measured.name} {what} {batch} x {context}")
 
 
-def _prefill(measured: Bench, batch: int, context: int, overlap: str) -> Any:
+def _prefill(measured: Bench, batch: int, context: int, overlap: str, written: Tensor | None) -> Row:
     network = measured.network
+    if written is not None:
+        return measured.prefill(written, note="built-in text")
     ids = prompts(network.embedding.shape[0], batch, context)
     if overlap == "own" or not any(block.scored for block in network.blocks):
         return measured.prefill(ids)
@@ -139,6 +144,28 @@ def _prefill(measured: Bench, batch: int, context: int, overlap: str) -> Any:
 def prompts(vocabulary: int, batch: int, length: int, seed: int = 0) -> Tensor:
     """Random token ids [B, T]."""
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text_prompts(path: str | None) -> Callable[[int, int], Tensor | None]:
+    """Token ids [B, T] of the built-in text for a model with weights; None without, or where there is too little."""
+
+    def written(batch: int, length: int) -> Tensor | None:
+        if path is None or not Path(path, "tokenizer.json").is_file():
+            return None
+        from transformers import AutoTokenizer
+
+        from hyconvert.data import read_texts, token_blocks
+
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        try:
+            rows = token_blocks(
+                read_texts(None), tokenizer, sequences=batch, length=length, name="built-in text"
+            )
+        except DataError:
+            return None
+        return rows if len(rows) == batch else None
+
+    return written
 
 
 def versions() -> dict[str, str]:

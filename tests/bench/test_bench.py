@@ -64,10 +64,13 @@ def test_a_converted_model_is_timed_with_its_weights(tiny_base: Callable[..., Pa
     out = tmp_path / "converted"
     code, _, stderr = run("convert", tiny_base("llama"), "-o", out, "--plan", "F S0 W F", "--no-align", *PLAN)
     assert code == 0, stderr
-    code, stdout, stderr = run("bench", out, "--base", "--what", "decode", *SMALL)
+    rows = tmp_path / "rows.json"
+    code, stdout, stderr = run("bench", out, "--base", "--what", "prefill,decode", *SMALL, "-o", rows)
     assert code == 0, stderr
+    found = [(row["model"], row["what"], row["note"]) for row in json.loads(rows.read_text())["rows"]]
+    assert found[0] == ("dense", "prefill", None) and found[4] == ("converted", "prefill", "built-in text")
     assert "converted" in stdout and "dense" in stdout and "x dense" in stdout
-    assert "bench 4/4" in stderr
+    assert "bench 8/8" in stderr
     code, _, stderr = run("bench", out, "--uniform", "1:1")
     assert code == 2 and "is converted and has its plan" in stderr
 

@@ -13,7 +13,7 @@ from hyconvert.generation import Decoder, Sampling, generate
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from tests.modeling.tiny import FAMILY_NAMES, base_model, converted, mixed_model, plan_of, tokens
 
-PROMPT, NEW = 27, 18
+PROMPT, NEW = 27, 13
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
 

@@ -158,7 +158,7 @@ def split_heads(
     batch, heads, length, dim = q.shape
     groups = k_out.shape[1]
     rows = batch * length
-    tile = 16 if rows <= 1024 else 32
+    tile = 16 if rows <= 1024 or dim > 128 else 32
     mapped = query_map is not None
     none = torch.empty(0, dtype=x.dtype, device=x.device) if v_out is None else v_out
     _split_heads[(triton.cdiv(rows, tile), heads + groups * (1 if v_out is None else 2))](
