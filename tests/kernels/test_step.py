@@ -128,6 +128,12 @@ def test_window_decode_on_a_ring_is_the_window_of_the_sequence(slot, window):
         torch.testing.assert_close(got, want, **TIGHT)
 
 
+def test_window_decode_is_an_op_that_torch_can_trace():
+    q, ring = normal(2, 4, 1, 16), normal(2, 2, 8, 16, seed=1)
+    where = torch.full((2,), 11, device=DEVICE), torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+    torch.library.opcheck(torch.ops.hyconvert.window_decode.default, (q, ring, ring, *where, 8, 0.3))
+
+
 @pytest.mark.parametrize("length", [3, 45, 200])
 def test_one_query_without_scores_takes_the_split_kernel(length):
     q, k, v = normal(2, 6, 1, 16), normal(2, 2, length, 16, seed=1), normal(2, 2, length, 16, seed=2)
