@@ -1,6 +1,8 @@
 """Plots of `benchmarks/results/planning.json`: is damage additive, and which way of choosing layers keeps most.
 
     python -m benchmarks.plot_planning
+
+Writes `planning.svg` beside it.
 """
 
 from __future__ import annotations
