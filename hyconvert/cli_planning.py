@@ -46,7 +46,8 @@ def measure(
         int | None, typer.Option(help="Sequences to measure on.  [default: 16; 2 on the CPU]")
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(help="Tokens per sequence where KL is taken.  [default: 512]")
+        int | None,
+        typer.Option(help="Tokens per sequence where KL is taken.  [default: 512; 192 on the CPU]"),
     ] = None,
     questions: Annotated[
         int | None,

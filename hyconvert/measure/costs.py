@@ -83,7 +83,7 @@ class MeasureSettings(BaseModel):
         """
         small: dict[str, Any] = {
             "sequence_length": 1024, "fit_tokens": 6144, "prompts": 2, "oracles": 8, "map_rows": 96, "rows": 256,
-            "questions": 3, "copies": 2,
+            "questions": 3, "copies": 2, "positions": 192,
         }  # fmt: skip
         suited = small if device == "cpu" else {"sequence_length": 4096}
         if limit is not None:

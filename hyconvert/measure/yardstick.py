@@ -12,6 +12,8 @@ from hyconvert.measure.costs import MeasureSettings
 from hyconvert.retrieval import Prompts, by_task, score_answers
 
 _CHUNK = 2048
+_KEPT_BYTES = 1 << 28
+"""The base's log-probabilities are kept if they take no more than this, and worked out again each time otherwise."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,26 @@ class Yardstick:
         self.at = torch.cat(self.rows).to(device), torch.cat(self.positions).to(device)
         self.base = base_hidden[self.at].clone()
         self.reference = self._answers(base_hidden)
+        kept = len(self.base) * self.lm_head.weight.shape[0] * 4 <= _KEPT_BYTES
+        with torch.no_grad():
+            self.log_chances = self._log_chances(self.base) if kept else None
 
     @torch.no_grad()
     def read(self, hidden: Tensor) -> Reading:
         """Compare final hidden states [N, T, D] with the base's."""
         mine, total = hidden[self.at], torch.zeros((), device=hidden.device)
         for at in range(0, len(mine), _CHUNK):
-            base = self.lm_head(self.base[at : at + _CHUNK]).float().log_softmax(-1)
-            ours = self.lm_head(mine[at : at + _CHUNK]).float().log_softmax(-1)
+            piece = slice(at, at + _CHUNK)
+            base = (
+                self._log_chances(self.base[piece]) if self.log_chances is None else self.log_chances[piece]
+            )
+            ours = self._log_chances(mine[piece])
             total += torch.nn.functional.kl_div(ours, base, reduction="sum", log_target=True)
         return Reading(float(total) / len(mine), self._answers(hidden))
+
+    def _log_chances(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities [n, V] in float32."""
+        return torch.log_softmax(self.lm_head(hidden).float(), -1)
 
     def _answers(self, hidden: Tensor) -> dict[str, float]:
         scores = score_answers(self.prompts, lambda row: hidden[row], self.lm_head)
