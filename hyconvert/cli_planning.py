@@ -34,13 +34,13 @@ def measure(
     span: Annotated[int | None, typer.Option(help="Farthest source, in layers.  [default: any]")] = None,
     oracles: Annotated[
         int | None,
-        typer.Option(help="Try only this many layers as sources.  [default: all; 8 on the CPU]"),
+        typer.Option(help="Try only this many layers as sources.  [default: all; 6 on the CPU]"),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens per sequence.  [default: 4096; 1024 on the CPU]")
     ] = None,
     fit_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to align on.  [default: 16384; 6144 on the CPU]")
+        int | None, typer.Option(help="Tokens to align on.  [default: 16384; 4096 on the CPU]")
     ] = None,
     prompts: Annotated[
         int | None, typer.Option(help="Sequences to measure on.  [default: 16; 2 on the CPU]")

@@ -82,7 +82,7 @@ class MeasureSettings(BaseModel):
             **settings: what is given and not None stays as it is.
         """
         small: dict[str, Any] = {
-            "sequence_length": 1024, "fit_tokens": 6144, "prompts": 2, "oracles": 8, "map_rows": 96, "rows": 256,
+            "sequence_length": 1024, "fit_tokens": 4096, "prompts": 2, "oracles": 6, "map_rows": 96, "rows": 256,
             "questions": 3, "copies": 2, "positions": 192,
         }  # fmt: skip
         suited = small if device == "cpu" else {"sequence_length": 4096}
