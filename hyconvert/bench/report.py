@@ -117,18 +117,14 @@ class BenchReport:
             HyconvertError: matplotlib is missing, or does not know the file's ending.
         """
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError as error:
             raise HyconvertError(
                 "the plot needs matplotlib; pip install 'hyconvert[plot]', or leave out --plot"
             ) from error
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
         shown = [what for what in WHATS if any(row.what == what and row.seconds for row in self.rows)]
-        figure, axes = pyplot.subplots(
-            1, max(1, len(shown)), figsize=(5 * max(1, len(shown)), 3.6), squeeze=False, layout="constrained"
-        )
+        figure = Figure(figsize=(5 * max(1, len(shown)), 3.6), layout="constrained")
+        axes = figure.subplots(1, max(1, len(shown)), squeeze=False)
         for axis, what in zip(axes[0], shown, strict=False):
             lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
             for row in self.rows:
@@ -147,5 +143,3 @@ class BenchReport:
             figure.savefig(path)
         except ValueError as error:
             raise HyconvertError(f"cannot draw to {path}: {error}; use .svg, .png or .pdf") from error
-        finally:
-            pyplot.close(figure)
