@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hyconvert.align import FitSettings, LayerFit, align
-from hyconvert.checkpoint import CheckpointWriter, Source, open_source
+from hyconvert.checkpoint import CheckpointWriter, Source, open_source, recorded_name
 from hyconvert.data import BUILTIN, read_texts, token_blocks
 from hyconvert.errors import PlanError
 from hyconvert.evaluate import perplexity, pick_device
@@ -212,6 +212,7 @@ def convert(
                 base,
                 source,
                 folder,
+                revision=revision,
                 kv_budget=kv_budget,
                 text=text,
                 device=device,
@@ -220,9 +221,7 @@ def convert(
             )
             chosen = make_plan(source.config, plan=measured)
         if chosen.base is None:
-            chosen = chosen.with_settings(
-                base=str(Path(base).resolve()) if Path(base).exists() else str(base)
-            )
+            chosen = chosen.with_settings(base=recorded_name(base))
         config = HyConvertConfig.from_base(source.config, chosen)
         config.dtype = source.dtype
         report = ConversionReport(str(base), str(out), chosen, source.fingerprint, planning=planning)
@@ -250,6 +249,7 @@ def measured_plan(
     source: Source,
     folder: Path,
     *,
+    revision: str | None = None,
     kv_budget: float | None = None,
     text: Calibration,
     device: str = "auto",
@@ -261,6 +261,7 @@ def measured_plan(
     Args:
         base, source: the base.
         folder: costs, kept there; an interrupted or complete measurement in it is used.
+        revision: of a Hub id.
         kv_budget: share of the base's KV that the plan may keep; the default if None.
         text: what to measure on.
         device: where.
@@ -280,8 +281,8 @@ def measured_plan(
     else:
         wanted = None
     costs = measure(
-        base, folder, settings=wanted, device=device, progress=progress, calibration=text.source, column=text.column,
-        **given,
+        base, folder, settings=wanted, revision=revision, device=device, progress=progress, calibration=text.source,
+        column=text.column, **given,
     )  # fmt: skip
     report = choose(costs, source.config, make_budget(source.config, kv_budget=kv_budget or DEFAULT_BUDGET))
     return report.solution.plan, report.to_dict()
@@ -299,6 +300,12 @@ def read_calibration(source: Source, calibration: Calibration) -> Tensor:
     return torch.cat(
         (mix_in(blocks[: len(blocks) - held], tokenizer, calibration.retrieval), blocks[len(blocks) - held :])
     )
+
+
+def dense_plan(config: Any, **settings: Any) -> Plan:
+    """The plan that keeps every layer of a base; `settings` are those of `Plan`."""
+    kinds = ("sliding" if base_window(config, i) else "full" for i in range(config.num_hidden_layers))
+    return Plan.from_dict({"layers": [{"kind": kind} for kind in kinds]} | settings)
 
 
 def load_base_as(config: Any, source: Source, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyconvert.errors import HyconvertError
-from hyconvert.modeling.state import prepare_state
+from hyconvert.modeling.state import dense_state
 
 
 @torch.no_grad()
@@ -38,8 +38,7 @@ def perplexity(
         row = row.to(device)
         extra = {}
         if as_base:
-            extra["hyconvert_state"] = prepare_state(1, len(row), device)
-            extra["hyconvert_state"].dense = True
+            extra["hyconvert_state"] = dense_state(1, len(row), device)
         hidden = model.model(row[None], use_cache=False, **extra).last_hidden_state[0]
         total += nll_of_hidden(model, hidden, row) / len(tokens)
         if on_sequence:
@@ -75,6 +74,11 @@ def pick_device(device: str) -> torch.device:
             f"device '{device}' cannot be used here ({str(error).splitlines()[0]}); use auto, cpu, or cuda with a GPU"
         ) from error
     return torch.device(device)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called, for reports."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def human_bytes(count: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hyconvert.errors import HyconvertError, PlanError
 from hyconvert.evaluate import human_bytes
 from hyconvert.kv import base_kv_bytes
 from hyconvert.measure import Cost, Costs, JointEvaluator, Refinement, refine
+from hyconvert.plan import Plan
 from hyconvert.progress import Progress, silent
 from hyconvert.solve import (
     Alternative,
@@ -24,6 +26,7 @@ from hyconvert.solve import (
     Rules,
     Solution,
     alternatives,
+    candidates,
     evaluate,
     frontier,
     knee,
@@ -200,22 +203,18 @@ class Sweep:
             HyconvertError: matplotlib is not installed.
         """
         try:
-            import matplotlib
-
-            matplotlib.use("Agg")
-            from matplotlib import pyplot
+            from matplotlib.figure import Figure
         except ImportError:
             raise HyconvertError("the plot needs matplotlib; pip install 'hyconvert[plot]'") from None
-        figure, axes = pyplot.subplots(figsize=(7, 4.2))
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
         axes.plot([s.share * 100 for s in self.solutions], [s.damage for s in self.solutions], "o-", ms=4)
         axes.plot([self.knee.share * 100], [self.knee.damage], "o", ms=10, mfc="none", label="knee")
         axes.set_yscale("symlog", linthresh=1e-2)
         axes.set_xlabel(f"KV bytes at {self.knee.context:,} tokens, % of the base's")
         axes.set_ylabel("predicted damage (nats)")
         axes.legend()
-        figure.tight_layout()
         figure.savefig(path)
-        pyplot.close(figure)
 
 
 def read_costs(folder: str | Path) -> tuple[Costs, Any]:
@@ -226,7 +225,7 @@ def read_costs(folder: str | Path) -> tuple[Costs, Any]:
         CheckpointError: the base cannot be found.
     """
     costs = Costs.load(folder)
-    source = open_source(costs.base)
+    source = open_source(costs.base, revision=costs.revision)
     costs.check_base(source.fingerprint, costs.base)
     return costs, source.config
 
@@ -308,29 +307,25 @@ def choose(
         evaluator = evaluator or JointEvaluator.for_costs(costs.base, costs, device=device, progress=progress)
         refinement = refine(
             evaluator, costs, solution.plan, tries=tries, retrieval=rules.retrieval,
-            pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, rules), progress=progress,
+            pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, costs, rules), progress=progress,
         )  # fmt: skip
         solution = evaluate(refinement.plan, costs, config, budget.context, rules.retrieval)
     note = f"predicted damage {solution.damage:.4f}"
     if refinement is not None:
         note += f", measured as a whole {refinement.after:.4f} (KL {refinement.reading.kl:.4f})"
     plan = solution.plan.model_copy(update={"note": note})
-    solution = Solution(**(solution.__dict__ | {"plan": plan}))
+    solution = replace(solution, plan=plan)
     return PlanReport(solution, alternatives(plan, costs, rules), refinement)
 
 
-def obeys(plan: Any, rules: Rules) -> bool:
-    """Whether a plan keeps the rules (pins apart)."""
-    readers: dict[int, int] = {}
-    for index, layer in enumerate(plan.layers):
-        if layer.kind not in ("full", "sliding", *rules.kinds):
-            return False
-        if layer.source is None:
-            continue
-        if rules.span is not None and index - layer.source > rules.span:
-            return False
-        readers[layer.source] = readers.get(layer.source, 0) + 1
-    return rules.readers is None or max(readers.values(), default=0) <= rules.readers
+def obeys(plan: Plan, costs: Costs, rules: Rules) -> bool:
+    """Whether a plan is made of what the rules allow."""
+    allowed = {(row.layer, row.kind, row.source) for row in candidates(costs, rules)}
+    chosen = [(i, layer.kind, layer.source) for i, layer in enumerate(plan.layers)]
+    readers = Counter(layer.source for layer in plan.layers if layer.source is not None)
+    return all(choice in allowed for choice in chosen if choice[1] not in ("full", "sliding")) and (
+        rules.readers is None or max(readers.values(), default=0) <= rules.readers
+    )
 
 
 def sweep(costs: Costs, config: Any, context: int, rules: Rules | None = None) -> Sweep:

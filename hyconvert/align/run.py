@@ -104,13 +104,12 @@ class RowReader:
 
     def __call__(self, sequence: int, size: int) -> Rows:
         """Rows of one sequence: `size` is the settings' `map_rows` or `rows`."""
-        if self.kept is None:
-            return read_rows(self.visit, sequence, self.samples[size][sequence], self.window)
-        if (sequence, size) not in self.kept:
-            self.kept[sequence, size] = read_rows(
-                self.visit, sequence, self.samples[size][sequence], self.window
-            )
-        return self.kept[sequence, size]
+        if self.kept is not None and (sequence, size) in self.kept:
+            return self.kept[sequence, size]
+        rows = read_rows(self.visit, sequence, self.samples[size][sequence], self.window)
+        if self.kept is not None:
+            self.kept[sequence, size] = rows
+        return rows
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hyconvert.modeling.attention import HyConvertAttention
-from hyconvert.modeling.state import ForwardState, OracleState, prepare_state
+from hyconvert.modeling.state import ForwardState, OracleState, dense_state
 
 
 @dataclass
@@ -64,8 +64,7 @@ class LayerWalk:
         for index, layer in enumerate(decoder.layers):
             inputs, outputs, leaving = (torch.empty_like(self.hidden) for _ in range(3))
             for row in range(count):
-                state = prepare_state(1, length, device)
-                state.dense, state.oracles_wanted = True, self.oracles
+                state = dense_state(1, length, device, self.oracles)
                 leaving[row] = self._run(layer, row, rope, state, inputs, outputs)
                 if index in self.oracles:
                     self.oracle_states.setdefault(index, []).append(state.oracle[index])

@@ -55,6 +55,11 @@ def open_source(
     return FolderSource(folder, name=name, dtype=wanted, trust_remote_code=trust_remote_code)
 
 
+def recorded_name(base: str | Path) -> str:
+    """How a base is written down so that it is found again from another folder: absolute where it is a path."""
+    return str(Path(base).resolve()) if Path(base).exists() else str(base)
+
+
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype == "auto":
         return None

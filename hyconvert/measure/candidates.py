@@ -11,27 +11,16 @@ from torch import Tensor
 from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import LayerFit, RowReader, align_layer
 from hyconvert.align.walk import LayerVisit
-from hyconvert.measure.costs import MeasureSettings
 from hyconvert.modeling.attention import HyConvertAttention
-from hyconvert.modeling.families import base_window
-from hyconvert.modeling.state import ForwardState, OracleState, prepare_state
-from hyconvert.plan import LayerPlan, Plan
-
-
-def everything_full(config: Any, settings: MeasureSettings) -> Plan:
-    """The plan that changes nothing."""
-    layers = tuple(
-        LayerPlan(kind="sliding" if base_window(config, i) else "full")
-        for i in range(config.num_hidden_layers)
-    )
-    return Plan(layers=layers, **settings.plan_settings())
+from hyconvert.modeling.state import ForwardState, OracleState, dense_state, prepare_state
+from hyconvert.plan import LayerPlan
 
 
 def make_candidate(model: Any, layer: int, choice: LayerPlan) -> HyConvertAttention:
     """Attention of one layer in another kind, with the layer's own weights and an output projection to refit.
 
     Args:
-        model: a model whose plan is `everything_full`.
+        model: a model whose plan is `dense_plan`.
         layer: which layer.
         choice: its kind and source.
     """
@@ -65,13 +54,6 @@ def run_layer(layer: Any, hidden: Tensor, rope: Any, state: ForwardState) -> Ten
     result = layer(hidden, position_embeddings=rope, hyconvert_state=state)
     out: Tensor = result[0] if isinstance(result, tuple) else result
     return out
-
-
-def dense_state(batch: int, length: int, device: torch.device) -> ForwardState:
-    """The state by which every layer runs as the base."""
-    state = prepare_state(batch, length, device)
-    state.dense = True
-    return state
 
 
 def stack_oracles(states: list[OracleState]) -> OracleState:

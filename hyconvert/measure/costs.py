@@ -68,9 +68,12 @@ class MeasureSettings(BaseModel):
             PlanError: a value is out of range.
         """
         try:
-            return cls(**{key: value for key, value in settings.items() if value is not None})
+            created = cls(**{key: value for key, value in settings.items() if value is not None})
         except ValidationError as error:
             raise PlanError(f"settings of the measurement: {explain(error, cls)}") from error
+        layers = [{"kind": "full"}]  # a plan knows what block size, top-k and window can be
+        Plan.from_dict({"layers": layers} | created.plan_settings(), where="settings of the measurement")
+        return created
 
     @classmethod
     def suited(cls, device: str, limit: int | None = None, **settings: Any) -> MeasureSettings:
@@ -129,6 +132,7 @@ class Costs:
 
     Attributes:
         base: where the base is.
+        revision: of a Hub id; None for the default branch.
         fingerprint: of the base's contents.
         model: `model_type` of the base.
         settings: how they were measured.
@@ -152,6 +156,7 @@ class Costs:
     rows: list[Cost] = field(default_factory=list)
     expected: int | None = None
     seconds: float = 0.0
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         self.table: dict[tuple[int, str, int | None], Cost] = {
@@ -193,6 +198,7 @@ class Costs:
         return {
             "format": FORMAT,
             "base": self.base,
+            "revision": self.revision,
             "fingerprint": self.fingerprint,
             "model": self.model,
             "num_layers": self.num_layers,
@@ -230,15 +236,16 @@ class Costs:
         folder = Path(folder)
         try:
             header = json.loads((folder / "costs.json").read_text())
+            version = header["format"]
             lines = (folder / "costs.jsonl").read_text().splitlines()
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise PlanError(
                 f"no costs can be read in {folder} ({type(error).__name__}); make them with hyconvert measure BASE "
                 f"-o {folder}"
             ) from error
-        if header.get("format") != FORMAT:
+        if version != FORMAT:
             raise PlanError(
-                f"{folder} holds costs of format {header.get('format')}, and this version reads {FORMAT}; measure again"
+                f"{folder} holds costs of format {version}, and this version reads {FORMAT}; measure again"
             )
         rows = []
         for line in lines:
@@ -246,19 +253,14 @@ class Costs:
                 rows.append(Cost(**json.loads(line)))
             except (json.JSONDecodeError, TypeError):  # cut off while it was written
                 break
-        costs = cls(
-            base=header["base"],
-            fingerprint=header["fingerprint"],
-            model=header["model"],
-            settings=MeasureSettings.create(**header["settings"]),
-            num_layers=header["num_layers"],
-            sliding=tuple(header["sliding"]),
-            reference=header["reference"],
-            device=header["device"],
-            rows=rows,
-            expected=header["expected"],
-            seconds=header["seconds"],
-        )
+        given = {key: value for key, value in header.items() if key not in ("format", "settings", "sliding")}
+        try:
+            settings, sliding = MeasureSettings.create(**header["settings"]), tuple(header["sliding"])
+            costs = cls(**given, settings=settings, sliding=sliding, rows=rows)
+        except (TypeError, KeyError) as error:
+            raise PlanError(
+                f"{folder}/costs.json is damaged ({error}); measure again into another folder"
+            ) from error
         if not unfinished and (costs.expected is None or len(costs.table) < costs.expected):
             raise PlanError(
                 f"the measurement in {folder} stopped after {len(rows)} of {costs.expected or 'its'} candidates; run "

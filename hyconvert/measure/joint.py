@@ -14,11 +14,9 @@ from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import RowReader
 from hyconvert.align.walk import LayerVisit, LayerWalk
 from hyconvert.checkpoint import Source, open_source
-from hyconvert.conversion import load_base_as
+from hyconvert.conversion import dense_plan, load_base_as
 from hyconvert.evaluate import pick_device
 from hyconvert.measure.candidates import (
-    dense_state,
-    everything_full,
     fit_candidate,
     make_candidate,
     run_layer,
@@ -28,7 +26,7 @@ from hyconvert.measure.run import measuring_dtype, read_sequences
 from hyconvert.measure.yardstick import Reading, Yardstick
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.configuration import HyConvertConfig
-from hyconvert.modeling.state import OracleState
+from hyconvert.modeling.state import OracleState, dense_state
 from hyconvert.plan import LayerPlan, Plan
 from hyconvert.progress import Progress, silent
 from hyconvert.retrieval import Prompts
@@ -60,7 +58,7 @@ class JointEvaluator:
     ) -> None:
         self.settings, self.prompts, self.device = settings, prompts, device
         self.fit = FitSettings(rows=settings.rows, map_rows=settings.map_rows, seed=settings.seed)
-        plan = everything_full(source.config, settings)
+        plan = dense_plan(source.config, **settings.plan_settings())
         self.model: Any = load_base_as(HyConvertConfig.from_base(source.config, plan), source, device)
         walk = LayerWalk(self.model, tokens, frozenset(plan.full_layers))
         self.visits: dict[int, LayerVisit] = {}
@@ -88,7 +86,7 @@ class JointEvaluator:
             PlanError: the costs belong to another base.
         """
         where = pick_device(device)
-        source = open_source(base, dtype=measuring_dtype(dtype, where))
+        source = open_source(base, revision=costs.revision, dtype=measuring_dtype(dtype, where))
         costs.check_base(source.fingerprint, str(base))
         tokens, prompts = read_sequences(source, costs.settings)
         return cls(source, costs.settings, tokens, prompts, where, progress)
@@ -130,8 +128,8 @@ class JointEvaluator:
                 hidden = decoder.embed_tokens(rows)
                 positions = torch.arange(rows.shape[1], device=self.device)[None]
                 rope = decoder.rotary_emb(hidden[:1], position_ids=positions)
-                dense = dense_state(rows.shape[0], rows.shape[1], self.device)
-                dense.oracles_wanted = plan.sources if plan is not None else frozenset()
+                wanted = plan.sources if plan is not None else frozenset()
+                dense = dense_state(rows.shape[0], rows.shape[1], self.device, wanted)
                 sparse = replace(dense, dense=False)  # shares the oracle states
                 for layer in decoder.layers:
                     whole = layer.self_attn.kind in ("full", "sliding")

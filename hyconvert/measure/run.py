@@ -11,16 +11,17 @@ import torch
 from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import RowReader
 from hyconvert.align.walk import LayerVisit, LayerWalk
-from hyconvert.checkpoint import Source, open_source
-from hyconvert.conversion import load_base_as
+from hyconvert.checkpoint import Source, open_source, recorded_name
+from hyconvert.conversion import dense_plan, load_base_as
 from hyconvert.data import BUILTIN, read_texts, token_blocks
 from hyconvert.errors import DataError, HyconvertError, PlanError
-from hyconvert.evaluate import pick_device
-from hyconvert.measure.candidates import dense_state, everything_full, fit_candidate, make_candidate, run_from
+from hyconvert.evaluate import device_name, pick_device
+from hyconvert.measure.candidates import fit_candidate, make_candidate, run_from
 from hyconvert.measure.costs import Cost, Costs, MeasureSettings
 from hyconvert.measure.yardstick import Yardstick
 from hyconvert.modeling.configuration import HyConvertConfig
 from hyconvert.modeling.families import base_window, family_of
+from hyconvert.modeling.state import dense_state
 from hyconvert.plan import LayerPlan
 from hyconvert.progress import Progress, silent
 from hyconvert.retrieval import Prompts, make_prompts, mix_in
@@ -62,7 +63,7 @@ def measure(
     if settings is None:
         limit = getattr(source.config, "max_position_embeddings", None)
         settings = MeasureSettings.suited(where.type, limit, **changes)
-    costs = _open_costs(Path(folder), source, str(base), settings, where, force)
+    costs = _open_costs(Path(folder), source, str(base), revision, settings, where, force)
     if costs.expected is not None and len(costs.table) >= costs.expected:
         return costs
     Measurement(source, costs, where, Path(folder)).run(progress)
@@ -75,16 +76,20 @@ def measuring_dtype(dtype: str, device: torch.device) -> str:
 
 
 def _open_costs(
-    folder: Path, source: Source, base: str, settings: MeasureSettings, where: torch.device, force: bool
+    folder: Path,
+    source: Source,
+    base: str,
+    revision: str | None,
+    settings: MeasureSettings,
+    where: torch.device,
+    force: bool,
 ) -> Costs:
-    """New costs, or those of an interrupted measurement."""
+    """New costs, or those of an interrupted measurement; nothing is written yet."""
     config = source.config
     sliding = tuple(i for i in range(config.num_hidden_layers) if base_window(config, i))
-    name = str(Path(base).resolve()) if Path(base).exists() else base
-    card = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
     fresh = Costs(
-        base=name, fingerprint=source.fingerprint, model=config.model_type, settings=settings,
-        num_layers=config.num_hidden_layers, sliding=sliding, device=card,
+        base=recorded_name(base), fingerprint=source.fingerprint, model=config.model_type, settings=settings,
+        num_layers=config.num_hidden_layers, sliding=sliding, device=device_name(where), revision=revision,
     )  # fmt: skip
     if len(sliding) == config.num_hidden_layers:
         raise PlanError(
@@ -103,11 +108,7 @@ def _open_costs(
                 f"{folder} holds costs measured with other settings ({', '.join(changed)}); choose another folder, or "
                 "replace them with --force"
             )
-        found.save_rows(folder)  # without a row that was cut off while it was written
         return found
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh.save_rows(folder)
-    fresh.save_header(folder)
     return fresh
 
 
@@ -133,7 +134,8 @@ def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Ten
     if len(blocks) < fits + settings.prompts:
         raise DataError(
             f"{name} holds {len(blocks)} sequences of {length} tokens, and measuring takes {fits} to fit and "
-            f"{settings.prompts} to measure; give more text, or lower --fit-tokens, --prompts or --sequence-length"
+            f"{settings.prompts} to measure; give more text, or lower --fit-tokens, --prompts or "
+            "--sequence-length of hyconvert measure"
         )
     prompts = make_prompts(
         blocks[fits:], tokenizer, questions=settings.questions, decoys=settings.decoys, copies=settings.copies,
@@ -158,8 +160,11 @@ class Measurement:
         """Measure what is missing: windows first, since they say which layers are worth trying as sources."""
         settings, costs = self.settings, self.costs
         self.tokens, self.prompts = read_sequences(self.source, settings)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        costs.save_rows(self.folder)  # without a row that was cut off while it was written
+        costs.save_header(self.folder)
         with progress("Loading the base", total=1):
-            plan = everything_full(self.source.config, settings)
+            plan = dense_plan(self.source.config, **settings.plan_settings())
             self.model: Any = load_base_as(
                 HyConvertConfig.from_base(self.source.config, plan), self.source, self.device
             )

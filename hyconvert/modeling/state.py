@@ -102,6 +102,13 @@ def prepare_state(
     return ForwardState(q_offset, start)
 
 
+def dense_state(
+    batch: int, length: int, device: torch.device, oracles_wanted: frozenset[int] = frozenset()
+) -> ForwardState:
+    """The state by which every layer of a converted model runs as the base's, on whole sequences without padding."""
+    return replace(prepare_state(batch, length, device), dense=True, oracles_wanted=oracles_wanted)
+
+
 def _starts_from_mask(mask: Tensor, past: int | Tensor, length: int) -> Tensor:
     if mask.ndim != 2:
         raise ValueError(

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from hyconvert.checkpoint import open_source
 from hyconvert.conversion import Calibration, convert
 from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
 from hyconvert.plan import Plan, parse_line
+from hyconvert.planning import read_costs
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +165,53 @@ def test_mistakes_are_told(base: Path, settings: MeasureSettings, tmp_path: Path
         )
     with pytest.raises(DataError, match="lower --fit-tokens"):
         measure(base, tmp_path / "b", settings=settings.model_copy(update={"prompts": 99}), device="cpu")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "notes.txt").write_text("mine")
     with pytest.raises(HyconvertError, match="holds no costs"):
         measure(base, tmp_path / "c", settings=settings, device="cpu")
     with pytest.raises(PlanError, match="hyconvert measure BASE"):
         Costs.load(tmp_path / "c")
-    with pytest.raises(PlanError, match="settings of the measurement"):
-        MeasureSettings.create(prompts=0)
+    for wrong in ({"prompts": 0}, {"block_size": 24}, {"topk": 0}, {"window": 1}, {"kinds": ("windows",)}):
+        with pytest.raises(PlanError, match="settings of the measurement"):
+            MeasureSettings.create(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [("{", "no costs can be read"), ("[]", "no costs can be read"), ("{}", "no costs can be read"),
+     ('{"format": 0}', "format 0"), ('{"format": 1}', "damaged")],
+)  # fmt: skip
+def test_a_damaged_folder_of_costs_is_told(header: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text(header)
+    (tmp_path / "costs.jsonl").write_text("")
+    with pytest.raises(PlanError, match=message):
+        Costs.load(tmp_path)
+
+
+def test_costs_remember_the_revision_of_a_hub_id(
+    base: Path, settings: MeasureSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    where = {"org/model": base}
+
+    def from_hub(name: Any, *, revision: str | None = None, dtype: Any = "auto") -> Any:
+        asked.append(revision)
+        return open_source(where.get(str(name), name), dtype=dtype)
+
+    for module in (
+        "hyconvert.conversion",
+        "hyconvert.measure.run",
+        "hyconvert.measure.joint",
+        "hyconvert.planning",
+    ):
+        monkeypatch.setattr(f"{module}.open_source", from_hub)
+    small = settings.model_copy(update={"kinds": ("window",), "fit_tokens": 512, "prompts": 1})
+    measure("org/model", tmp_path / "costs", settings=small, device="cpu", revision="v2")
+    text = Calibration(settings.calibration, tokens=256, sequence_length=64)
+    convert(
+        "org/model", tmp_path / "out", costs=tmp_path / "costs", device="cpu", revision="v2", calibration=text
+    )
+    costs, _ = read_costs(tmp_path / "costs")
+    JointEvaluator.for_costs("org/model", costs, device="cpu")
+    assert costs.revision == "v2" and set(asked) == {"v2"}
