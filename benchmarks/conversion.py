@@ -13,11 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from hyconvert.comparison import compare
 from hyconvert.conversion import Calibration, convert
-from hyconvert.evaluate import pick_device
+from hyconvert.evaluate import device_name, pick_device
 
 FULL_LAYERS = (0, 1, 2, 7, 16, 18, 20)
 
@@ -40,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/conversion.json")
     options = parser.parse_args()
     device = pick_device("auto")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    card = device_name(device)
     rows = []
     for length in options.length:
         settings = [("none", None)]

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 
 from hyconvert.checkpoint import open_source
-from hyconvert.conversion import Calibration, convert, load_base_as
+from hyconvert.conversion import Calibration, convert, dense_plan, load_base_as
 from hyconvert.data import read_texts, token_blocks
-from hyconvert.evaluate import perplexity, pick_device
+from hyconvert.evaluate import device_name, perplexity, pick_device
 from hyconvert.heal import heal
 from hyconvert.heal.engine import Engine
-from hyconvert.heal.models import dense_plan
 from hyconvert.heal.objective import Healing
-from hyconvert.heal.run import accelerator_of, device_name
+from hyconvert.heal.run import accelerator_of
 from hyconvert.heal.tokens import build_streams
 from hyconvert.loading import load, quiet_loading
 from hyconvert.modeling import HyConvertConfig, family_of

@@ -23,7 +23,7 @@ import torch
 from hyconvert.checkpoint import open_source
 from hyconvert.data import read_texts, token_blocks
 from hyconvert.errors import PlanError
-from hyconvert.evaluate import nll_of_hidden, pick_device
+from hyconvert.evaluate import device_name, nll_of_hidden, pick_device
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
 from hyconvert.plan import LayerPlan, Plan, nearest_sources
 from hyconvert.retrieval import by_task, make_prompts, mix_in, score_answers
@@ -159,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
 
     device = pick_device("auto")
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    card = device_name(device)
     settings = MeasureSettings.create(
         topk=options.topk,
         calibration=options.calibration,

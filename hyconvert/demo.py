@@ -26,14 +26,13 @@ def main(model: str) -> None:
     import hyconvert.modeling  # noqa: F401  (registers the auto classes)
     from hyconvert.checkpoint import open_source
     from hyconvert.comparison import compare
-    from hyconvert.conversion import load_base_as
+    from hyconvert.conversion import dense_plan, load_base_as
     from hyconvert.data import BUILTIN_HELDOUT
     from hyconvert.heal import heal
     from hyconvert.heal.options import convert_by
     from hyconvert.inspection import inspect_path
     from hyconvert.loading import load
     from hyconvert.modeling import HyConvertConfig
-    from hyconvert.plan import Plan, parse_line
     from hyconvert.progress import on_stderr
     from hyconvert.recipe import Recipe
 
@@ -43,7 +42,7 @@ def main(model: str) -> None:
         out = str(Path(folder, "smollm2-hysparse"))
         console.rule("1. Convert")
         recipe = Recipe.load(RECIPE)
-        report = convert_by(recipe, model, Path(out), progress=on_stderr)
+        convert_by(recipe, model, Path(out), progress=on_stderr)
         console.rule("2. What the KV cache weighs")
         inspect_path(out).render(console)
         console.rule("3. What it costs, on text that no fit has seen")
@@ -59,10 +58,8 @@ def main(model: str) -> None:
         console.rule("5. An answer from each")
         source = open_source(model)
         tokenizer = source.load_tokenizer()
-        everything_full = Plan(layers=parse_line(f"F*{len(report.plan.layers)}"))
-        base = load_base_as(
-            HyConvertConfig.from_base(source.config, everything_full), source, torch.device("cpu")
-        )
+        dense = HyConvertConfig.from_base(source.config, dense_plan(source.config))
+        base = load_base_as(dense, source, torch.device("cpu"))
         console.print(f"[bold]{QUESTION}[/bold]")
         console.print(f"base:      {answer(base, tokenizer)}", highlight=False)
         console.print(f"converted: {answer(load(out), tokenizer)}", highlight=False)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from hyconvert.errors import RecipeError
 from hyconvert.evaluation.limits import Limits
+from hyconvert.yaml_files import read_yaml
 
 StageName = Literal["layerwise", "distill", "long"]
 Group = Literal["new", "converted", "full", "rest"]
@@ -247,14 +248,7 @@ class Recipe(_Frozen):
         Raises:
             RecipeError: the file is missing or no YAML, or does not describe a valid recipe.
         """
-        import yaml
-
-        try:
-            data = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise RecipeError(f"recipe {path} cannot be read ({error.strerror}); check the name") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path} is not valid YAML ({' '.join(str(error).split())})") from error
+        data = read_yaml(path, f"recipe {path}")
         if not isinstance(data, dict):
             raise RecipeError(f"recipe {path} holds no settings; it needs a section 'heal'")
         if isinstance(data.get("heal"), dict):

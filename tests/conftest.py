@@ -69,6 +69,25 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def word_list() -> list[str]:
+    """Words to draw documents from."""
+    return [
+        "layer",
+        "window",
+        "block",
+        "query",
+        "source",
+        "sparse",
+        "merge",
+        "value",
+        "token",
+        "plan",
+        "head",
+        "gate",
+    ]
+
+
+@pytest.fixture(scope="session")
 def families() -> tuple[str, ...]:
     """The supported families' Transformers model types."""
     return FAMILIES

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyconvert.errors import RecipeError
 from hyconvert.plan import explain
+from hyconvert.yaml_files import read_yaml
 
 
 class Limits(BaseModel):
@@ -45,14 +45,7 @@ class Limits(BaseModel):
         Raises:
             RecipeError: the file cannot be read, is no such file, or holds no valid limits.
         """
-        import yaml
-
-        try:
-            data: Any = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise RecipeError(f"limits {path} cannot be read ({error.strerror}); check the name") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"limits {path} are not valid YAML ({' '.join(str(error).split())})") from error
+        data = read_yaml(path, f"file of limits {path}")
         if not isinstance(data, dict):
             raise RecipeError(f"{path} holds no limits; write some, such as perplexity_ratio: 1.05")
         if "gate" in data:

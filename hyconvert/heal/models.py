@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hyconvert.checkpoint import Source
-from hyconvert.conversion import load_base_as
+from hyconvert.conversion import dense_plan, load_base_as
 from hyconvert.errors import HealError
 from hyconvert.loading import load, quiet_loading
 from hyconvert.modeling import HyConvertConfig
-from hyconvert.modeling.families import base_window
-from hyconvert.plan import LayerPlan, Plan
+from hyconvert.plan import Plan
 from hyconvert.recipe import GROUPS, Group, HealRecipe, Lora, Scales
 
 CONVERTED_KINDS = ("sparse", "reuse", "window")
@@ -97,12 +96,6 @@ def load_teacher(source: Source, student: Any, device: torch.device, share: bool
                 owner, twin = theirs[name]
                 _share(owner._parameters[twin], module, leaf)
     return teacher.to(device)
-
-
-def dense_plan(config: Any) -> Plan:
-    """The plan that keeps every layer of a base."""
-    kinds = ("sliding" if base_window(config, i) else "full" for i in range(config.num_hidden_layers))
-    return Plan(layers=tuple(LayerPlan(kind=kind) for kind in kinds))  # type: ignore[arg-type]
 
 
 def shared_bytes(student: nn.Module, teacher: nn.Module) -> int:

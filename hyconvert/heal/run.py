@@ -155,11 +155,6 @@ def accelerator_of(recipe: HealRecipe, device: str, out: str | Path, may_skip: b
     return accelerator
 
 
-def device_name(device: torch.device) -> str:
-    """What a device is called, for reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def _text(
     work: Path,
     checked: Checked,

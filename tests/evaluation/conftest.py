@@ -32,25 +32,11 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(word_list: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of about 8,000 tokens in all."""
     generator, path = random.Random(0), tmp_path_factory.mktemp("text") / "words.jsonl"
-    words = [
-        "layer",
-        "window",
-        "block",
-        "query",
-        "source",
-        "sparse",
-        "merge",
-        "value",
-        "token",
-        "plan",
-        "head",
-        "gate",
-    ]
     path.write_text(
-        "".join(f'{{"text": "{" ".join(generator.choices(words, k=120))}"}}\n' for _ in range(12))
+        "".join(f'{{"text": "{" ".join(generator.choices(word_list, k=120))}"}}\n' for _ in range(12))
     )
     return path
 

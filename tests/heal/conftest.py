@@ -12,20 +12,6 @@ import pytest
 from hyconvert.conversion import convert
 from hyconvert.recipe import HealRecipe, validated
 
-WORDS = [
-    "layer",
-    "window",
-    "block",
-    "query",
-    "source",
-    "sparse",
-    "merge",
-    "value",
-    "token",
-    "plan",
-    "head",
-    "gate",
-]
 SCALES = {"new": 3, "converted": 1, "full": 0.03, "rest": 0.03}
 STAGE = {"tokens": 1536, "sequence_length": 32, "batch_tokens": 128, "lr": 3e-3}
 
@@ -39,14 +25,14 @@ def converted(tiny_base: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(word_list: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short documents, about 9,000 tokens."""
     generator, path = random.Random(0), tmp_path_factory.mktemp("text") / "words.txt"
     path = path.with_name("text")
     path.mkdir()
     for i in range(60):
-        words = " ".join(generator.choices(WORDS, k=generator.randint(5, 45)))
-        (path / f"{i:02}.txt").write_text(words)
+        document = " ".join(generator.choices(word_list, k=generator.randint(5, 45)))
+        (path / f"{i:02}.txt").write_text(document)
     return path
 
 

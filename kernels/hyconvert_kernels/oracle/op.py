@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
-from ..registration import attention_grads, attention_outputs
+from ..registration import attention_backward, attention_grads, attention_outputs
 from . import reference
 
 SCORE_ELEMENTS = 1 << 26
@@ -160,12 +160,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_lse, _):
-    if grad is None and grad_lse is None:
-        return (None,) * 9
-    out = ctx.saved_tensors[5]
-    grad = torch.zeros_like(out) if grad is None else grad
-    grads = _oracle_backward(*ctx.saved_tensors, grad, grad_lse, ctx.scale)
-    return (*grads, *(None,) * 6)
+    saved = ctx.saved_tensors
+    return attention_backward(_oracle_backward, saved, saved[5], grad, grad_lse, (ctx.scale,), 9)
 
 
 for _op in (_oracle, oracle_topk):

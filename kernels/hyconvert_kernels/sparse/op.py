@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
-from ..registration import attention_grads, attention_outputs
+from ..registration import attention_backward, attention_grads, attention_outputs
 from . import reference
 from .union import BlockUnion, union_capacity, union_queries
 
@@ -193,12 +193,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_lse):
-    if grad is None and grad_lse is None:
-        return (None,) * 13
-    out = ctx.saved_tensors[10]
-    grad = torch.zeros_like(out) if grad is None else grad
-    grads = _sparse_backward(*ctx.saved_tensors, grad, grad_lse, ctx.block_size, ctx.window, ctx.scale)
-    return (*grads, *(None,) * 10)
+    saved, settings = ctx.saved_tensors, (ctx.block_size, ctx.window, ctx.scale)
+    return attention_backward(_sparse_backward, saved, saved[10], grad, grad_lse, settings, 13)
 
 
 _sparse.register_autograd(_differentiate, setup_context=_setup_context)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
 from ..merge import reference as merge_reference
-from ..registration import attention_grads, attention_outputs
+from ..registration import attention_backward, attention_grads, attention_outputs
 from . import reference
 
 
@@ -122,12 +122,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, grad_lse):
-    if grad is None and grad_lse is None:
-        return (None,) * 7
-    out = ctx.saved_tensors[5]
-    grad = torch.zeros_like(out) if grad is None else grad
-    grads = _window_backward(*ctx.saved_tensors, grad, grad_lse, ctx.window, ctx.scale)
-    return (*grads, None, None, None, None)
+    saved = ctx.saved_tensors
+    return attention_backward(_window_backward, saved, saved[5], grad, grad_lse, (ctx.window, ctx.scale), 7)
 
 
 _window.register_autograd(_differentiate, setup_context=_setup_context)
