@@ -35,6 +35,10 @@ def heal(
     ] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hub dataset.  [default: train]")] = None,
+    retrieval: Annotated[
+        float | None,
+        typer.Option(help="Share of its rows with facts, questions and repeats strewn in.  [default: 0]"),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe whose section `heal` is used; options go over it.")
     ] = None,
@@ -78,7 +82,14 @@ def heal(
         path,
         recipe,
         {
-            "data": {"source": data, "column": column, "chat": chat, "subset": subset, "split": split},
+            "data": {
+                "source": data,
+                "column": column,
+                "chat": chat,
+                "subset": subset,
+                "split": split,
+                "retrieval": retrieval,
+            },
             "teacher": teacher,
             "micro_tokens": micro_tokens,
             "lora": {} if lora else None,

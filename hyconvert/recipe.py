@@ -49,6 +49,8 @@ class DataRecipe(_Frozen):
         chat: a column of chat messages instead; only the assistant's tokens are trained on.
         subset, split: of a Hub dataset.
         shuffle: documents are drawn from a buffer of this many; 1 keeps their order.
+        retrieval: share of the rows whose text becomes one document with facts, questions about them and repeats
+            (`hyconvert.retrieval`), so that looking things up far back is trained too.
     """
 
     source: str
@@ -57,6 +59,13 @@ class DataRecipe(_Frozen):
     subset: str | None = None
     split: str = "train"
     shuffle: int = Field(default=10_000, ge=1)
+    retrieval: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _chats_stay_chats(self) -> DataRecipe:
+        if self.chat is not None and self.retrieval:
+            raise ValueError("retrieval is mixed into running text, not into chats; leave it or chat out")
+        return self
 
 
 class Stage(_Frozen):

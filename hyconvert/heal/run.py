@@ -22,7 +22,7 @@ from hyconvert.heal.objective import Healing
 from hyconvert.heal.output import write_companions, write_weights
 from hyconvert.heal.report import HealReport
 from hyconvert.heal.states import States
-from hyconvert.heal.tokens import TokenStream, build_streams
+from hyconvert.heal.tokens import TokenStream, build_streams, with_retrieval
 from hyconvert.inspection import read_config
 from hyconvert.progress import Progress, silent
 from hyconvert.recipe import HealRecipe
@@ -175,15 +175,19 @@ def _text(
             shutil.rmtree(work, ignore_errors=True)
         if not _same_run(work, settings):
             length = max(stage.sequence_length for _, stage in recipe.stages())
+            tokenizer = checked.converted.load_tokenizer()
             with progress("Tokenising", total=1) as step:
                 train, held = build_streams(
                     recipe.data if texts is None else texts,
-                    checked.converted.load_tokenizer(),
+                    tokenizer,
                     tokens=recipe.tokens,
                     heldout=max(recipe.heldout_tokens, length),
                     length=length,
                     seed=recipe.seed,
                 )
+                if recipe.data.retrieval:
+                    stages = [stage for _, stage in recipe.stages()]
+                    train = with_retrieval(train, tokenizer, recipe.data.retrieval, stages, recipe.seed)
                 step(f"{len(train):,} tokens to train on, {len(held):,} held out")
             with explained_os_errors(work):
                 shutil.rmtree(work, ignore_errors=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hyconvert.data import read_rows
 from hyconvert.errors import DataError
-from hyconvert.recipe import DataRecipe
+from hyconvert.recipe import DataRecipe, Stage
+from hyconvert.retrieval import mix_in
 
 BEGIN, TRAINED = 1, 2
 """Flags of a token: it is the first of its document; predicting it is trained."""
@@ -158,6 +159,38 @@ def build_streams(
             "heldout_tokens"
         )
     return train.stream(tokens), held.stream(heldout)
+
+
+def with_retrieval(
+    stream: TokenStream, tokenizer: Any, share: float, stages: Iterable[Stage], seed: int = 0
+) -> TokenStream:
+    """A stream some of whose rows are retrieval prompts: their text as one document, with facts, questions and repeats.
+
+    Packed text rarely asks for anything far back; these rows do, and the base's own answers are what is learnt.
+
+    Args:
+        stream: text of which every token is trained on.
+        tokenizer: a transformers tokenizer.
+        share: of the rows that become prompts, spread evenly; rows too short for one stay as they are.
+        stages: that read the stream one after the other, each in rows of its own length.
+        seed: of the prompts.
+    """
+    tokens, flags = stream.tokens.copy(), stream.flags.copy()
+    used = 0
+    for stage in stages:
+        length, first = stage.sequence_length, used // stage.sequence_length
+        used += stage.steps * stage.rows * length
+        rows = min(first + stage.steps * stage.rows, len(tokens) // length) - first
+        if rows < 1:
+            break
+        part = slice(first * length, (first + rows) * length)
+        text = tokens[part].reshape(rows, length)  # a view, as are the flags
+        mixed = mix_in(torch.from_numpy(text.astype(np.int64)), tokenizer, share, seed).numpy()
+        changed = (mixed != text).any(1)
+        text[changed] = mixed[changed]
+        flags[part].reshape(rows, length)[changed] = TRAINED
+        flags[part].reshape(rows, length)[changed, 0] |= BEGIN
+    return TokenStream(tokens, flags)
 
 
 class _Parts:

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from hyconvert.errors import DataError
-from hyconvert.heal.tokens import BEGIN, TRAINED, TokenStream, build_streams, row_order, tokenised_chat
-from hyconvert.recipe import DataRecipe
+from hyconvert.heal.tokens import (
+    BEGIN,
+    TRAINED,
+    TokenStream,
+    build_streams,
+    row_order,
+    tokenised_chat,
+    with_retrieval,
+)
+from hyconvert.recipe import DataRecipe, Stage
 from tests.modeling.tiny import mixed_model, tokens
 
 
@@ -126,3 +134,21 @@ def test_short_and_empty_text_is_refused(tmp_path: Path, tiny_tokenizer: Any) ->
         build_streams(
             DataRecipe(source=str(tmp_path / "empty.jsonl")), tiny_tokenizer, tokens=9, heldout=9, length=9
         )
+
+
+def test_some_rows_become_retrieval_prompts(word_list: list[str], tiny_tokenizer: Any) -> None:
+    texts = [" ".join(word_list * 4)] * 400
+    train, _ = build_streams(texts, tiny_tokenizer, tokens=16 * 2048, heldout=2048, length=2048)
+    stages = [
+        Stage(tokens=16384, sequence_length=2048, batch_tokens=2048),
+        Stage(tokens=16384, sequence_length=4096, batch_tokens=4096),
+    ]
+    mixed = with_retrieval(train, tiny_tokenizer, 0.5, stages)
+    changed = (mixed.tokens != train.tokens).reshape(-1, 2048).any(1).nonzero()[0].tolist()
+    assert changed == [1, 3, 5, 7, 10, 11, 14, 15]
+    for row, length in ((1, 2048), (5, 4096)):
+        batch = mixed.batch(np.array([row]), length)
+        assert batch.positions.tolist() == [list(range(length))] and len(batch.at) == length - 1
+        assert "The code of the" in tiny_tokenizer.decode(batch.ids[0])
+    kept = mixed.batch(np.array([0]), 2048)
+    assert torch.equal(kept.positions, train.batch(np.array([0]), 2048).positions)
