@@ -1,10 +1,14 @@
 """Check a small converted model on a CUDA device: the Triton kernels against the reference attention.
 
-    python -m benchmarks.check_model [--json FILE]
+    python -m benchmarks.check_model [--model CONVERTED] [--json FILE]
 
 The model is a random Llama with every layer kind (full, sparse, reuse, window), 6/2 heads of 64. In float32 (TF32 off)
 the logits must equal those of the reference on the CPU to 1e-4 relative RMS, and greedy tokens must be the same. In
 bfloat16 the Triton logits must be as near to the float32 logits as the bfloat16 reference's are, within a quarter.
+
+`--model` adds a real converted model, both implementations on the GPU: on text, bfloat16 logits within 2e-2 relative RMS
+of the float32 reference's, and the same 64 greedy tokens after each of eight prompts in float32, wherever the reference's
+best two logits are more than 1e-3 apart.
 """
 
 from __future__ import annotations
@@ -17,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from hyconvert.data import read_texts, token_blocks
+from hyconvert.loading import load
 from hyconvert.modeling import HyConvertConfig, HyConvertForCausalLM
 from hyconvert.plan import Plan, parse_line
 
@@ -151,6 +157,46 @@ def gradients(truth: Any, fast: Any, batch: dict[str, torch.Tensor], row: Any, d
     row("fp32 gradients", want.keys() == got.keys() and worst < 1e-3, worst=worst)
 
 
+@torch.no_grad()
+def check_real(path: str, length: int = 2048, prompt: int = 512, new: int = 64) -> list[dict]:
+    """Rows for a converted checkpoint, on the built-in text to measure on."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = load(path, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = token_blocks(read_texts("stdlib-docstrings"), tokenizer, sequences=8, length=length, name="text")
+    truth = using(model, "hyconvert_reference", torch.float32, "cuda")
+    want = torch.cat([truth(row[None].cuda(), use_cache=False).logits.cpu() for row in ids[:2]])
+    rows = []
+    for dtype, label, most in ((torch.float32, "fp32", 1e-4), (torch.bfloat16, "bf16", 2e-2)):
+        found = {}
+        for name in ("triton", "reference"):
+            other = using(model, f"hyconvert_{name}", dtype, "cuda")
+            got = torch.cat(
+                [other(row[None].cuda(), use_cache=False).logits.float().cpu() for row in ids[:2]]
+            )
+            found[name] = error(got, want)
+        rows.append({"name": f"{label} logits, {length} tokens", "passed": found["triton"] < most, **found})
+    fast = using(model, "hyconvert_triton", torch.float32, "cuda")
+    prompts = ids[:, :prompt].cuda()
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ours = fast.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    scores = truth(ours, use_cache=False).logits[
+        :, prompt - 1 : -1
+    ]  # the reference reads what the kernels wrote
+    best = scores.topk(2, -1)
+    gap = best.values[..., 0] - best.values[..., 1]
+    other = best.indices[..., 0] != ours[:, prompt:]
+    rows.append({
+        "name": f"greedy, 8 prompts of {prompt} and {new} tokens",
+        "passed": not bool((other & (gap > 1e-3)).any()),
+        "differing": float(other.sum()),
+        "ties": float((gap <= 1e-3).sum()),
+    })  # fmt: skip
+    for row in rows:
+        print(row, flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,9 +204,12 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--length", type=int, default=400)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--model", help="a converted checkpoint, checked as well (CUDA only)")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "check_model.json")
     args = parser.parse_args()
     rows = check(args.device, args.length, args.steps)
+    if args.model and args.device == "cuda":
+        rows += check_real(args.model)
     passed = all(row["passed"] for row in rows)
     if args.device == "cuda":
         record = {

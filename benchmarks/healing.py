@@ -3,8 +3,8 @@
     python -m benchmarks.healing MODEL.gguf --train train.jsonl.xz --heldout heldout.jsonl.xz --tokens 8M
 
 Every variant is converted, healed on the same tokens in the same order, and measured on held-out text beside the base.
-`base` fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the
-same loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
+`--plans benchmarks/results/planning.json --full 7` takes the plans of `benchmarks.planning` as variants. `base`
+fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the same loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hyconvert.modeling import HyConvertConfig, family_of
 from hyconvert.plan import Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import on_stderr, silent
 from hyconvert.recipe import HealRecipe, merged, parse_count, validated
-from hyconvert.retrieval import Prompts, by_task, make_prompts, score_answers
+from hyconvert.retrieval import Prompts, Score, by_task, make_prompts, score_answers
 
 FULL_LAYERS = "F*3 S2*4 F S7*8 F S16 F S18 F S20*9"
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
@@ -53,13 +53,18 @@ def main() -> None:
     parser.add_argument("--only", help="of JSON lines: rows whose 'source' begins with this")
     parser.add_argument("--plan", default=FULL_LAYERS, help="a plan.json or a layer map")
     parser.add_argument("--variants", nargs="+", default=["plan"], choices=VARIANTS)
+    parser.add_argument(
+        "--plans", help="rows of `benchmarks.planning`, whose plans are variants in place of those"
+    )
+    parser.add_argument("--full", type=int, nargs="+", help="full layers of the plans to take from there")
+    parser.add_argument("--rules", nargs="+", help="their rules, such as 'uniform'  [default: all]")
     parser.add_argument("--tokens", type=parse_count, default=8_000_000)
     parser.add_argument("--length", type=int, default=4096, help="T")
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--calibration", help="text to align on  [default: the built-in text]")
     parser.add_argument("--calibration-tokens", type=parse_count, default=65_536)
     parser.add_argument("--eval-tokens", type=parse_count, default=65_536)
-    parser.add_argument("--prompts", type=int, default=56, help="retrieval prompts, four needles in each")
+    parser.add_argument("--prompts", type=int, default=200, help="retrieval prompts, four needles in each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                         help="settings of the recipe, such as distill.lr=1e-3 lr_scale.rest=0.1")  # fmt: skip
@@ -76,7 +81,8 @@ def main() -> None:
     held = Held(options)
     base = base_quality(options, held)
     print(f"base: {base}", flush=True)
-    for variant, lr in itertools.product(options.variants, options.lr):
+    maps = {f"{row['plan']}, {row['full']} full": row["line"] for row in planned(options)}
+    for variant, lr in itertools.product(maps or options.variants, options.lr):
         if lr is not None:
             options.set = [
                 *(item for item in options.set if not item.startswith("distill.lr=")),
@@ -87,7 +93,7 @@ def main() -> None:
         row = (
             finetune_base(options, texts)
             if variant == "base"
-            else heal_variant(options, variant, texts, held)
+            else heal_variant(options, variant, maps.get(variant), texts, held)
         )
         row |= {
             "base_perplexity": base,
@@ -103,6 +109,16 @@ def main() -> None:
             json.dumps({k: v for k, v in rows[-1].items() if k not in ("curve", "heldout", "recipe")}),
             flush=True,
         )
+
+
+def planned(options: Any) -> list[dict[str, Any]]:
+    """The plans that were asked for by rule and number of full layers, each once."""
+    rows = json.loads(Path(options.plans).read_text()) if options.plans else []
+    return [
+        row
+        for row in rows
+        if row.get("full") in (options.full or ()) and row["plan"] in (options.rules or (row["plan"],))
+    ]
 
 
 def documents(path: str, only: str | None) -> Iterator[str]:
@@ -133,11 +149,13 @@ class Held:
         rows: [N, T] tokens by kind of text, for perplexity.
         prompts: retrieval over text of the first kind that is not in `rows`: needles among decoys at four depths, two
             values of one key, and copying.
+        base: the base's score of every answer, once it was measured.
     """
 
     def __init__(self, options: Any) -> None:
         self.rows: dict[str, torch.Tensor] = {}
         self.prompts: Prompts | None = None
+        self.base: list[Score] = []
         tokenizer = open_source(options.model).load_tokenizer()
         wanted = max(1, options.eval_tokens // options.length)
         for name in reversed(heldout_names(options.heldout)):  # technical text first
@@ -153,24 +171,41 @@ class Held:
 
 @torch.no_grad()
 def measured(model: Any, held: Held) -> dict[str, Any]:
-    """Perplexity by kind of text; mean negative log-likelihood and share of exact answers by retrieval task."""
+    """Perplexity by kind of text; by retrieval task the mean negative log-likelihood and the share of exact answers.
+
+    `nll_rise` and `exact_rise` are those of the base subtracted, answer by answer, with their standard errors.
+    """
     quality: dict[str, Any] = {
         "perplexity": {name: round(perplexity(model, rows), 4) for name, rows in held.rows.items()}
     }
-    if held.prompts is not None:
-        device = next(model.parameters()).device
+    prompts = held.prompts
+    if prompts is None:
+        return quality
+    device = next(model.parameters()).device
 
-        def hidden_of(row: int) -> torch.Tensor:
-            ids = held.prompts.tokens[row : row + 1].to(device)
-            hidden: torch.Tensor = model.model(ids, use_cache=False).last_hidden_state[0]
-            return hidden
+    def hidden_of(row: int) -> torch.Tensor:
+        ids = prompts.tokens[row : row + 1].to(device)
+        hidden: torch.Tensor = model.model(ids, use_cache=False).last_hidden_state[0]
+        return hidden
 
-        for task, score in by_task(
-            held.prompts, score_answers(held.prompts, hidden_of, model.lm_head)
-        ).items():
-            quality[task] = {"nll": round(score.nll, 4), "exact": round(score.exact, 4)}
-        quality["answers"] = len(held.prompts.answers)
+    scores = score_answers(prompts, hidden_of, model.lm_head)
+    held.base = held.base or scores
+    for task, score in by_task(prompts, scores).items():
+        mine = [i for i, answer in enumerate(prompts.answers) if answer.task == task]
+        rises = {
+            f"{what}_rise": rise([getattr(scores[i], what) - getattr(held.base[i], what) for i in mine])
+            for what in ("nll", "exact")
+        }
+        quality[task] = {"nll": round(score.nll, 4), "exact": round(score.exact, 4), "answers": len(mine)}
+        quality[task] |= rises
+    quality["prompts"] = len(prompts.tokens)
     return quality
+
+
+def rise(differences: list[float]) -> tuple[float, float]:
+    """Mean and standard error."""
+    values = torch.tensor(differences, dtype=torch.float64)
+    return round(float(values.mean()), 4), round(float(values.std() / len(values) ** 0.5), 4)
 
 
 def base_quality(options: Any, held: Held) -> dict[str, Any]:
@@ -180,8 +215,10 @@ def base_quality(options: Any, held: Held) -> dict[str, Any]:
     return measured(load_base_as(config, source, pick_device("auto")), held)
 
 
-def plan_of(options: Any, variant: str) -> dict[str, Any]:
-    """What `convert` is told for a variant."""
+def plan_of(options: Any, variant: str, line: str | None) -> dict[str, Any]:
+    """What `convert` is told for a variant; a plan's own line is all there is to say."""
+    if line is not None:
+        return {"plan": Plan(layers=parse_line(line))}
     text = options.plan
     chosen = Plan.load(text) if Path(text).is_file() else Plan(layers=parse_line(text))
     count, full = len(chosen.layers), chosen.full_layers
@@ -202,7 +239,7 @@ def plan_of(options: Any, variant: str) -> dict[str, Any]:
 def recipe_of(options: Any, **changes: Any) -> HealRecipe:
     """The recipe of all variants."""
     data: dict[str, Any] = {
-        "data": {"source": options.train},
+        "data": {"source": Path(options.train).name},  # the documents themselves are handed over
         "distill": {"tokens": options.tokens, "sequence_length": options.length},
         "seed": options.seed,
         "save_every": 0,
@@ -216,13 +253,16 @@ def recipe_of(options: Any, **changes: Any) -> HealRecipe:
     return recipe
 
 
-def heal_variant(options: Any, variant: str, texts: list[str], held: Held) -> dict[str, Any]:
+def heal_variant(
+    options: Any, variant: str, line: str | None, texts: list[str], held: Held
+) -> dict[str, Any]:
     """Convert, measure, heal, measure."""
     progress = silent if options.quiet else on_stderr
     device = str(pick_device("auto"))
     with tempfile.TemporaryDirectory() as folder:
         place = Path(options.keep or folder)
-        converted, out = place / f"converted-{variant}", place / f"healed-{variant}"
+        name = variant.replace(", ", "-").replace(" ", "-")
+        converted, out = place / f"converted-{name}", place / f"healed-{name}"
         began = time.monotonic()
         if not converted.exists():
             convert(
@@ -234,7 +274,7 @@ def heal_variant(options: Any, variant: str, texts: list[str], held: Held) -> di
                 ),
                 topk=options.topk,
                 progress=silent,
-                **plan_of(options, variant),
+                **plan_of(options, variant, line),
             )
         plan = Plan.load(converted / "plan.json")
         seconds = time.monotonic() - began
