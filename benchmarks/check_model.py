@@ -6,9 +6,9 @@ The model is a random Llama with every layer kind (full, sparse, reuse, window),
 the logits must equal those of the reference on the CPU to 1e-4 relative RMS, and greedy tokens must be the same. In
 bfloat16 the Triton logits must be as near to the float32 logits as the bfloat16 reference's are, within a quarter.
 
-`--model` adds a real converted model, both implementations on the GPU: on text, bfloat16 logits within 2e-2 relative RMS
-of the float32 reference's, and the same 64 greedy tokens after each of eight prompts in float32, wherever the reference's
-best two logits are more than 1e-3 apart.
+`--model` adds a real converted model, both implementations on the GPU: on text, bfloat16 logits within 2e-2 relative
+RMS of the float32 reference's, and the same 64 greedy tokens after each of eight prompts in float32, wherever the
+reference's best two logits are more than 1e-3 apart.
 """
 
 from __future__ import annotations

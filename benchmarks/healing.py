@@ -4,7 +4,8 @@
 
 Every variant is converted, healed on the same tokens in the same order, and measured on held-out text beside the base.
 `--plans benchmarks/results/planning.json --full 7` takes the plans of `benchmarks.planning` as variants. `base`
-fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the same loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
+fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the same
+loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
 """
 
 from __future__ import annotations
