@@ -15,11 +15,14 @@ split-key kernel.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from hyconvert.bench.report import BenchReport
 from hyconvert.bench.roofline import Ceilings
 from hyconvert.bench.run import prompts, versions
 from hyconvert.bench.targets import DENSE, Subject, find_subjects
+from hyconvert.generation.attention import DenseWay
 from hyconvert.generation.network import read_network
 from hyconvert_kernels import linear
 from hyconvert_kernels.decode.sparse import sparse_decode
@@ -51,22 +55,42 @@ ASKED = {
 class Run:
     """One model after the other on the GPU, and their rows in one report."""
 
-    def __init__(self, report: BenchReport, ceilings: Ceilings, profiles: dict[str, Any] | None) -> None:
+    def __init__(self, report: BenchReport, ceilings: Ceilings, profiles: Path | None) -> None:
         self.report, self.ceilings, self.profiles = report, ceilings, profiles
+        self.fastest: dict[tuple[str, int, int], DenseWay | None] = {}
         self.began = time.monotonic()
 
     def with_model(self, subject: Subject, measure: Callable[[Bench], None], **options: Any) -> None:
         """Build a model, measure it, and let go of it; a failure is printed, and the run goes on."""
-        model = subject.build(torch.device("cuda"), torch.bfloat16)
         if subject.plan:
             self.report.plans[subject.name] = subject.plan.line
         try:
-            measure(Bench(subject.name, read_network(model), self.ceilings, **options))
+            model = subject.build(torch.device("cuda"), torch.bfloat16)
+            bench = Bench(subject.name, read_network(model), self.ceilings, **options)
+            measure(bench)
+            self.fastest |= {(subject.name, *key): way for key, way in bench.fastest.items()}
         except Exception as error:
-            self.add(Row(subject.name, "failed", 0, 0, error=f"{type(error).__name__}: {str(error)[:300]}"))
-        del model
+            self.fail(error, subject.name, 0, 0)
+        model = bench = None
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an illegal access nothing works; the rows are saved
+            torch.cuda.empty_cache()
+
+    def fail(self, error: Exception, model: str, batch: int, context: int) -> None:
+        """Print a failure with where it happened, and save it as a row."""
+        print(*traceback.format_exception(error)[-12:], sep="", flush=True)
+        self.add(Row(model, "failed", batch, context, error=f"{type(error).__name__}: {str(error)[:300]}"))
+
+    def row(self, bench: Bench, batch: int, context: int, measure: Callable[[], Row]) -> None:
+        """Measure one row; if that fails, the next one is measured all the same."""
+        try:
+            self.add(measure())
+        except Exception as error:
+            self.fail(error, bench.name, batch, context)
+
+    def decode(self, bench: Bench, batch: int, context: int) -> None:
+        """A row of steps."""
+        self.row(bench, batch, context, lambda: bench.decode(batch, context))
 
     def add(self, row: Row) -> None:
         """Save and print a row."""
@@ -83,12 +107,28 @@ class Run:
             f"  KV {kv:6.2f}  peak {peak:6.2f} GiB  {row.note or ''}", flush=True,
         )  # fmt: skip
 
-    def profile(self, bench: Bench, batch: int, context: int) -> None:
-        """Kernels of a step by time, if that was asked for."""
+    def profile(self, subjects: list[Subject], *pairs: tuple[int, int]) -> None:
+        """Kernels of a step by time, if that was asked for: at the end, for the profiler may slow what comes after."""
         if self.profiles is None:
             return
-        rows = bench.profile(batch, context)
-        self.profiles[f"{bench.name}, {batch} x {context}"] = rows
+
+        def measure(bench: Bench) -> None:
+            for batch, context in pairs:
+                self._profile(bench, batch, context)
+
+        for subject in subjects:
+            self.with_model(subject, measure)
+
+    def _profile(self, bench: Bench, batch: int, context: int) -> None:
+        try:
+            rows = bench.profile(batch, context, dense=self.fastest.get((bench.name, batch, context)))
+        except Exception as error:
+            self.fail(error, bench.name, batch, context)
+            return
+        name = f"{self.report.target} {bench.name}, {batch} x {context}"
+        known = json.loads(self.profiles.read_text()) if self.profiles.is_file() else {}
+        self.profiles.write_text(json.dumps({**known, name: rows}, indent=1) + "\n")
+        print(f"  {name}: {sum(row['us'] for row in rows):.0f} us per step in these kernels")
         print(f"  {'us/step':>9} {'share':>5} {'calls':>6}  kernel")
         for row in rows[:14]:
             print(
@@ -101,15 +141,14 @@ def decode(run: Run, subjects: list[Subject]) -> None:
     """Steps at 32k of eight rows and at 128k of one, and at the largest batch."""
 
     def measure(bench: Bench) -> None:
-        run.add(bench.decode(8, 32 * K))
-        run.add(bench.decode(1, 128 * K))
-        run.add(bench.throughput(32 * K))
-        run.add(bench.decode(1, 32 * K))
-        run.profile(bench, 8, 32 * K)
-        run.profile(bench, 1, 128 * K)
+        run.decode(bench, 8, 32 * K)
+        run.decode(bench, 1, 128 * K)
+        run.row(bench, 0, 32 * K, lambda: bench.throughput(32 * K))
+        run.decode(bench, 1, 32 * K)
 
     for subject in subjects:
         run.with_model(subject, measure)
+    run.profile(subjects, (8, 32 * K), (1, 128 * K))
 
 
 def prefill(run: Run, subjects: list[Subject]) -> None:
@@ -119,12 +158,13 @@ def prefill(run: Run, subjects: list[Subject]) -> None:
         scored = any(block.scored for block in bench.network.blocks)
         for length in (128 * K, 32 * K):
             ids = prompts(bench.network.embedding.shape[0], 1, length)
-            if not scored:
-                run.add(bench.prefill(ids))
-                continue
-            overlapping = correlated(bench.network, 1, length)
-            run.add(bench.prefill(ids, select=overlapping, note="selections overlap as in text"))
-            run.add(bench.prefill(ids, note="selections of random weights: nearly independent"))
+            ways: dict[str | None, Any] = {None: None}
+            if scored:
+                ways = {"selections overlap as in text": correlated(bench.network, 1, length)}
+                ways["selections of random weights: nearly independent"] = None
+            for note, select in ways.items():
+                measured = functools.partial(bench.prefill, ids, select=select, note=note)
+                run.row(bench, 1, length, measured)
 
     for subject in subjects:
         run.with_model(subject, measure, repeats=2)
@@ -133,20 +173,23 @@ def prefill(run: Run, subjects: list[Subject]) -> None:
 def small(run: Run, model: str | None) -> None:
     """A small model at 8k, every batch from 1 to 64."""
     settings = {} if model else {"plans": [SMALL_PLAN], "topk": 8}
-    for subject in find_subjects(model or "SmolLM2-135M", base=True, **settings):
-        subject = Subject(
-            subject.name if subject.name == DENSE else "converted", subject.config, subject.path
-        )
+    found = find_subjects(model or "SmolLM2-135M", base=True, **settings)
+    subjects = [Subject(x.name if x.name == DENSE else "converted", x.config, x.path) for x in found]
 
-        def measure(bench: Bench) -> None:
-            for batch in (1, 2, 4, 8, 16, 32, 64):
-                run.add(bench.decode(batch, 8 * K - 256))
-            for batch in (1, 8):
-                ids = prompts(bench.network.embedding.shape[0], batch, 8 * K)
-                run.add(bench.prefill(ids))
-            run.profile(bench, 1, 8 * K - 256)
+    def measure(bench: Bench) -> None:
+        for batch in (1, 2, 4, 8, 16, 32, 64):
+            run.decode(bench, batch, 8 * K - 256)
+        for batch in (1, 8):
+            ids = prompts(bench.network.embedding.shape[0], batch, 8 * K)
+            run.row(bench, batch, 8 * K, functools.partial(bench.prefill, ids))
 
+    for subject in subjects:
         run.with_model(subject, measure)
+    run.profile(subjects, (1, 8 * K - 256))
+    gains = [(run.report.gain(row) or 0.0, row.batch) for row in run.report.rows if row.what == "decode"]
+    gains = [pair for pair in gains if pair[0]]
+    if gains:
+        print("decode at 8k, least gain and its batch: {:.2f} x dense, {}".format(*min(gains)))
 
 
 def products(path: Path, bandwidth: float) -> None:
@@ -168,7 +211,11 @@ def products(path: Path, bandwidth: float) -> None:
                     linear(x, weight, gated=gated, most_rows=most)
 
             ways = {"cuBLAS": 0, "kernel": 16}
-            times = {way: _graphed(lambda m=most, f=run: f(m)) / copies for way, most in ways.items()}
+            try:
+                times = {way: _graphed(lambda m=most, f=run: f(m)) / copies for way, most in ways.items()}
+            except Exception:
+                traceback.print_exc(limit=-6)
+                continue
             least = 2 * count * width / bandwidth
             rows.append({"product": name, "rows": batch, **times, "floor": least})
             print(
@@ -178,8 +225,9 @@ def products(path: Path, bandwidth: float) -> None:
         path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def value_maps() -> None:
+def value_maps(path: Path) -> None:
     """Sparse decode's two ways to apply the value map, at Qwen3-8B's shape and 32k tokens."""
+    rows: list[dict[str, float]] = []
     heads, groups, dim, length = 32, 8, 128, 32 * K
     for batch in (1, 2, 8, 64):
         q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
@@ -207,10 +255,16 @@ def value_maps() -> None:
                     value_map=None if by_dots is None else value_map,
                 )  # fmt: skip
 
+        rows.append({"rows": batch})
         for way, by_dots in ways.items():
-            seconds = _graphed(lambda f=run, b=by_dots: f(b)) / len(maps)
-            line += f"  {way} {seconds * 1e6:6.1f} us"
+            try:
+                rows[-1][way] = _graphed(lambda f=run, b=by_dots: f(b)) / len(maps)
+            except Exception:
+                traceback.print_exc(limit=-6)
+                continue
+            line += f"  {way} {rows[-1][way] * 1e6:6.1f} us"
         print(line, flush=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _graphed(function: Callable[[], object], repeats: int = 20) -> float:
@@ -277,7 +331,7 @@ def main() -> int:
         f"{name}: copy {ceilings.bandwidth / 1e12:.2f} TB/s, product {ceilings.rate / 1e12:.0f} TFLOP/s",
         flush=True,
     )
-    profiles: dict[str, Any] | None = {} if args.profile else None
+    profiles = args.results / "profiles.json" if args.profile else None
 
     def report(target: str, file: str, fresh: set[str]) -> BenchReport:
         """A report that keeps what an earlier run on such a card found of other parts."""
@@ -311,9 +365,7 @@ def main() -> int:
         )
     if "linear" in args.only:
         products(args.results / "products.json", ceilings.bandwidth)
-        value_maps()
-    if profiles:
-        (args.results / "profiles.json").write_text(json.dumps(profiles, indent=1) + "\n")
+        value_maps(args.results / "value_maps.json")
     verdict(large.report)
     return 0
 

@@ -85,6 +85,8 @@ class Bench:
     ) -> None:
         self.name, self.network, self.ceilings = name, network, ceilings
         self.steps, self.repeats = steps, repeats
+        self.fastest: dict[tuple[int, int], DenseWay | None] = {}
+        """How a full layer without readers decoded fastest, by batch and context."""
 
     @property
     def on_gpu(self) -> bool:
@@ -126,16 +128,23 @@ class Bench:
             if self.on_gpu and any(b.kind == "full" and not b.scored for b in self.network.blocks):
                 ways["cuDNN"] = DenseWay(context, [SDPBackend.CUDNN_ATTENTION])
                 ways["flash"] = DenseWay(context, [SDPBackend.FLASH_ATTENTION])
-            times = {}
+            times: dict[str, float] = {}
+            slower: list[str] = []
             for way, decoder.dense in ways.items():
                 decoder.forget_graph()
                 try:
                     times[way] = self._steps(decoder, context)
-                except RuntimeError:  # this backend cannot; the first one can, unless memory runs out
+                except (
+                    RuntimeError
+                ) as error:  # this backend cannot; the first one can, unless memory runs out
                     if not times:
                         raise
+                    slower.append(f"{way} failed: {_first_line(error)}")
             way = min(times, key=times.__getitem__)
-            row |= {"seconds": times[way], "tokens_per_second": batch / times[way], "note": way}
+            slower += [f"{name} {took * 1e3:.3f} ms" for name, took in times.items() if name != way]
+            self.fastest[batch, context] = ways[way]
+            note = way + (f" ({', '.join(slower)})" if slower else "")
+            row |= {"seconds": times[way], "tokens_per_second": batch / times[way], "note": note}
             row["floor_seconds"] = self._floor(step_work, batch, context)
         return self._finish(row)
 
@@ -161,11 +170,18 @@ class Bench:
         size = torch.empty((), dtype=self.network.dtype).element_size()
         return sum(count(self.network.config, length, dtype_bytes=size, static=True))
 
-    def profile(self, batch: int, context: int, *, top: int = 25) -> list[dict[str, Any]]:
-        """Kernels of a decoding step by time: name, calls per step, microseconds per step and their share."""
+    def profile(
+        self, batch: int, context: int, *, dense: DenseWay | None = None, top: int = 25
+    ) -> list[dict[str, Any]]:
+        """Kernels of a decoding step by time: name, calls per step, microseconds per step and their share.
+
+        Steps that are timed after this in the same process may be slowed by the profiler.
+        """
         from torch.profiler import ProfilerActivity, profile
 
+        self._collect()
         decoder = Decoder(self.network, batch=batch, max_length=context + self.steps + 1)
+        decoder.dense = dense
         decoder.assume(context)
         decoder.step()
         steps = 5
@@ -211,8 +227,10 @@ class Bench:
         row = {"model": self.name, "what": what, "batch": batch, "context": context, "note": note}
         try:
             yield row
-        except torch.OutOfMemoryError as error:
-            row["error"] = f"out of memory: {str(error).splitlines()[0][:120]}"
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            row["error"] = f"out of memory: {_first_line(error)}"
         if self.on_gpu:
             row["peak_bytes"] = torch.cuda.max_memory_allocated(self.network.device)
 
@@ -241,6 +259,16 @@ class Bench:
         end.record()
         torch.cuda.synchronize(self.network.device)
         return float(begin.elapsed_time(end)) / 1e3
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, of the allocator or of a library that takes its own."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def correlated(
