@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -263,7 +264,7 @@ class Decoder:
         state = [self.token, self.offset, self.finished, self.at]
         kept = [x.clone() for x in state]
         seed = torch.cuda.get_rng_state(self.network.device)
-        stream = torch.cuda.Stream(self.network.device)
+        stream = _warm_up_stream(self.network.device)
         stream.wait_stream(torch.cuda.current_stream(self.network.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -280,6 +281,12 @@ class Decoder:
     def forget_graph(self) -> None:
         """Capture anew at the next step, after `dense` was changed."""
         self._graph = None
+
+
+@functools.cache
+def _warm_up_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all decoders: cuBLAS keeps tens of megabytes for good for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def _padding(mask: Tensor | None, ids: Tensor) -> Tensor:
