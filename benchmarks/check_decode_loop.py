@@ -3,8 +3,9 @@
     python -m benchmarks.check_decode_loop
 
 Tiny random models in float32. Each is checked alone and left-padded, and one decoder serves prompts of several lengths,
-so that one graph replays over lengths that it was not captured at. `benchmarks.end_to_end` refuses to time what fails
-here. Compiling takes most of the time.
+so that one graph replays over lengths that it was not captured at. Before that, what a step launches is checked in
+bfloat16 against the float32 reference. `benchmarks.end_to_end` refuses to time what fails here. Compiling takes most of
+the time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 import torch
 
 from hyconvert.generation import Decoder
+from hyconvert_kernels import add_norm, linear, silu_mul, split_heads
+from hyconvert_kernels.decode import reference
+from hyconvert_kernels.decode.sparse import sparse_decode
 from tests.modeling.tiny import base_model, converted, plan_of, tokens
 
 SHAPE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 96, "num_hidden_layers": 7}
@@ -34,6 +38,81 @@ def cases() -> Iterator[tuple[str, Any]]:
     yield "qwen3_moe", converted(base_model("qwen3_moe", **SHAPE), plan_of(MIXED, **SETTINGS))
     odd = plan_of(MIXED, **SETTINGS, gate="sigmoid", sinks=True, maps=True)
     yield "llama, sigmoid gate and sinks", converted(base_model("llama", **SHAPE), odd)
+
+
+def check_step(
+    heads: int = 32,
+    groups: int = 8,
+    dim: int = 128,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[str]:
+    """What a step launches around its products, against the references in float32: what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    bad = []
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    def compare(name: str, got: Any, want: Any) -> None:
+        for at, (a, b) in enumerate(zip(got, want, strict=True)):
+            error = float((a.float() - b).norm() / b.norm())
+            if not error <= 1e-2:
+                bad.append(f"{name}, output {at}: relative RMS {error:.1e}")
+
+    def wide(x: Any) -> Any:
+        return x.float() if getattr(x, "dtype", None) == dtype else x
+
+    def kernel_and_reference(function: Any, *tensors: Any, **settings: Any) -> tuple[Any, Any]:
+        most = {"most_rows": 16} if function is linear else {}
+        want = function(*map(wide, tensors), **settings, implementation="reference")
+        return function(*tensors, **settings, **most, implementation="triton"), want
+
+    x, weight, bias = normal(8, 1, 384), normal(512, 384) / 16, normal(512)
+    for rows, gated in ((1, False), (1, True), (8, False), (8, True)):
+        got, want = kernel_and_reference(linear, x[:rows], weight, bias, gated=gated)
+        compare(f"linear, {rows} rows, gated={gated}", [got], [want])
+    compare("silu_mul", *([y] for y in kernel_and_reference(silu_mul, x)))
+    for after in (False, True):
+        both = kernel_and_reference(add_norm, x, normal(8, 1, 384), normal(384), 1e-6, after=after)
+        compare(f"add_norm, after={after}", *both)
+    norms = {"q_norm": normal(dim), "k_norm": normal(dim), "eps": 1e-6}
+    angles = torch.randn(400, dim // 2, generator=generator).to(device)
+    tables = {"cos": angles.cos(), "sin": angles.sin()}
+    query_map = normal(heads, dim, dim) * dim**-0.5
+    for batch, length, ring in ((8, 1, True), (1, 1, False), (2, 70, False)):
+        fused = normal(batch, length, (heads + 2 * groups) * dim + heads)
+        offset = torch.full((batch,), 300 if length == 1 else 0, device=device)
+        start = torch.arange(batch, device=device) * 3
+        slots = (batch, groups, 128 if ring else 400, dim)
+        for mapped in (None, query_map):
+            made = []
+            for kind, implementation in ((dtype, "triton"), (torch.float32, "reference")):
+                cache = [torch.zeros(slots, dtype=kind, device=device) for _ in "kv"]
+                settings = {
+                    name: y.to(kind) if isinstance(y, torch.Tensor) else y
+                    for name, y in (norms | {"query_map": mapped}).items()
+                }
+                queries = split_heads(
+                    fused.to(kind), offset, start, *cache, heads=heads, ring=ring, **tables, **settings,
+                    implementation=implementation,
+                )  # fmt: skip
+                made.append([y for y in (*queries, *cache) if y is not None])
+            compare(f"split_heads, {batch} x {length}, ring={ring}, mapped={mapped is not None}", *made)
+    for batch in (1, 8):
+        q, far_q, gate = normal(batch, heads, 1, dim), normal(batch, heads, 1, dim), normal(batch, heads, 1)
+        near, far = normal(batch, groups, 128, dim), normal(batch, groups, 1000, dim)
+        indices = torch.arange(0, 12, 3, device=device, dtype=torch.int32).expand(batch, groups, 1, 4)
+        offset = torch.full((batch,), 990, device=device)
+        start = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        tensors = (q, near, near.flip(2), far_q, far, far.flip(2), indices.contiguous(), offset, start, gate)
+        shared = {"block_size": 64, "window": 128, "scale": dim**-0.5}
+        want = reference.sparse_decode(*map(wide, tensors), value_map=wide(query_map), **shared)
+        for by_dots in (False, True):
+            out = torch.full_like(q, float("nan"))
+            sparse_decode(*tensors, out, value_map=query_map, by_dots=by_dots, **shared)
+            compare(f"sparse_decode, {batch} rows, by_dots={by_dots}", [out], [want])
+    return bad
 
 
 def check(model: Any) -> list[str]:
@@ -73,9 +152,9 @@ def main() -> int:
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = 0
-    for name, model in cases():
+    for name, model in (("bfloat16 kernels of a step", None), *cases()):
         try:
-            bad = check(model)
+            bad = check_step() if model is None else check(model)
         except Exception:
             bad = [traceback.format_exc()]
         failed += bool(bad)
