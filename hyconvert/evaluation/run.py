@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyconvert.data import read_texts, token_blocks
 from hyconvert.errors import DataError
+from hyconvert.evaluate import device_name
 from hyconvert.evaluation.branches import BranchResult, gated_layers, measure_branches
 from hyconvert.evaluation.generation import GenerationResult, measure_generation
 from hyconvert.evaluation.lookup import LookupResult, make_suites, measure_lookup
@@ -145,7 +146,7 @@ def evaluate_pair(
         fingerprint=pair.fingerprint,
         line=plan.line,
         plan=plan.model_dump(include={"block_size", "topk", "window", "gate", "sinks"}),
-        device=torch.cuda.get_device_name(pair.device) if pair.device.type == "cuda" else str(pair.device),
+        device=device_name(pair.device),
         dtype=str(pair.converted.dtype).removeprefix("torch."),
         settings=settings,
         kv=count_kv(config),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hyconvert.heal.engine import Engine
+from tests.conftest import ROOT
 from tests.test_cli import run
 
 STAGE = ("--tokens", "256", "--sequence-length", "32", "--batch-tokens", "128")
@@ -79,7 +80,6 @@ def test_a_recipe_converts_and_heals(tiny_base: Callable[..., Path], text: Path,
 
 def test_the_recipes_that_come_along_are_valid() -> None:
     from hyconvert.recipe import Recipe
-    from tests.conftest import ROOT
 
     found = sorted((ROOT / "recipes").glob("*.yaml"))
     assert len(found) >= 2
@@ -87,3 +87,26 @@ def test_the_recipes_that_come_along_are_valid() -> None:
         recipe = Recipe.load(path)
         assert recipe.convert is not None and recipe.base, path
         assert path.read_text().startswith("# "), "it opens with its command, cost and result"
+
+
+def test_the_gates_of_the_recipes_are_no_looser_than_the_default(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hyconvert.errors import DataError
+    from hyconvert.evaluation import run as evaluation
+    from hyconvert.evaluation.limits import Limits
+
+    def stopped(*_: object, **__: object) -> None:
+        raise DataError("nothing is measured here")
+
+    monkeypatch.setattr(evaluation, "evaluate", stopped)
+    default = Limits()
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        limits = Limits.load(path)
+        for name in Limits.model_fields:
+            ours, theirs = getattr(limits, name), getattr(default, name)
+            if theirs is not None:
+                assert ours is not None, (path, name)
+                assert ours >= theirs if name == "agreement" else ours <= theirs, (path, name)
+        code, _, stderr = run("eval", converted, "--gate", "--limits", path)
+        assert code == 2 and "nothing is measured here" in stderr  # the limits were read before
