@@ -17,11 +17,12 @@ pytestmark = [
 ]
 
 
-def test_kernels_write_the_same_tokens(monkeypatch):
+@pytest.mark.parametrize(("window", "length"), [(5, 26), (40, 8)])  # 40 is more than there are tokens
+def test_kernels_write_the_same_tokens(monkeypatch, window, length):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     base = base_model("qwen3", hidden_size=64, head_dim=16, num_hidden_layers=5)
-    model = converted(base, plan_of("F S0 W R0 F", block_size=16, topk=1, window=5))
-    ids = tokens(2, 26)
+    model = converted(base, plan_of("F S0 W R0 F", block_size=16, topk=1, window=window))
+    ids = tokens(2, length)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
