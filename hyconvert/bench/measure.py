@@ -192,6 +192,8 @@ class Bench:
             self._wait()
         rows = []
         for event in trace.key_averages():
+            if self.on_gpu and "CPU" in str(event.device_type):
+                continue  # what launches kernels would count them again
             spent = event.self_device_time_total if self.on_gpu else event.self_cpu_time_total
             if spent:
                 rows.append({"kernel": event.key, "calls": event.count / steps, "us": spent / steps})
