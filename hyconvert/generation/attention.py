@@ -162,7 +162,7 @@ def _decode(
     block = network.blocks[index]
     q, query = _queries(block, fused, keys, values, now, block.ring is not None)
     settings = _settings(network, block, now)
-    if block.ring is not None:  # a ring of fewer slots than the window has room for every token of the sequence
+    if block.ring is not None:  # a shorter ring has room for every token that there will be
         settings["window"] = min(block.window, keys.shape[2])
     where = now.offset, now.start
     if block.kind == "full" and block.scored:
