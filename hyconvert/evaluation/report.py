@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hyconvert.evaluate import human_bytes
-from hyconvert.evaluation.svg import Axis, bar_plot, heat_map, line_plot, span_of
+from hyconvert.evaluation.svg import Axis, arc_map, bar_plot, heat_map, line_plot, short_number, span_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _KINDS = {"F": "full", "S": "sparse", "R": "reuse", "W": "window", "L": "sliding"}
+KINDS = {
+    "full": "all keys, all of them stored",
+    "sparse": "its last tokens, and blocks of its source's cache",
+    "reuse": "its last tokens, and blocks of its own cache",
+    "window": "its last tokens alone",
+    "sliding": "kept, the base's own sliding window",
+}
 KIND_TITLES = {
     "single": "One needle",
     "multikey": "A needle among decoys",
@@ -26,10 +34,14 @@ def render_page(data: dict[str, Any]) -> str:
     Args:
         data: `Evaluation.to_dict()`, or the JSON file that was written with a page.
     """
+    layers = layer_map(data["line"])
     page: str = _template().render(
         d=data,
-        layers=layer_map(data["line"]),
+        layers=layers,
+        counts=Counter(layer["kind"] for layer in layers),
         figures=figures(data),
+        short_name=short_name,
+        kinds=KINDS,
         kind_titles=KIND_TITLES,
         task_rows=task_rows(data["tasks"]),
         human_bytes=human_bytes,
@@ -60,53 +72,73 @@ def layer_map(line: str) -> list[dict[str, Any]]:
     return layers
 
 
+def short_name(name: str) -> str:
+    """What a model is called at the head of the page: the last part of a path, a Hub id as it is."""
+    path = Path(name)
+    return path.name if path.is_absolute() or name[:1] in ".~" or len(path.parts) > 2 else name
+
+
 def figures(data: dict[str, Any]) -> dict[str, Any]:
     """Every plot as SVG by name; those without data are left out. `needles` holds one per kind and model."""
+    layers = layer_map(data["line"])
     found: dict[str, Any] = {"kv": _kv_plot(data["kv"])}
+    if len(layers) <= 40:
+        found["arcs"] = arc_map("Layer map: arcs lead from a full layer to those that read its cache", layers)
     if data["text"]:
-        found["loss"] = _loss_plot(data["text"]["curve"])
+        found["loss"], found["kl"] = _loss_plots(data["text"]["curve"])
     if data["lookup"]:
         found["needles"] = _needle_maps(data["lookup"])
-    shares = (data["branches"] or {}).get("shares")
+    branches = data["branches"] or {}
+    shares = {int(layer): share for layer, share in (branches.get("shares") or {}).items()}
     if shares:
         found["shares"] = bar_plot(
             "Share of the sparse branch by layer",
-            Axis("share of the sparse branch", 0.0, 1.0),
-            {str(layer): share for layer, share in shares.items()},
+            Axis("share of the sparse branch", 0.0, 1.0, number=lambda share: f"{share:.0%}"),
+            [(layer["kind"], shares.get(layer["index"])) for layer in layers],
         )
-        alone = [row for row in data["branches"]["ablations"] if row["layer"] is not None]
-        if alone:
-            whole = data["branches"]["ablations"][0]["nll"]
-            rises = {str(row["layer"]): row["nll"] - whole for row in alone}
-            low, high = span_of([0.0, *rises.values()])
-            found["ablation"] = bar_plot(
-                "Loss without the sparse branch of one layer",
-                Axis("rise of the loss, nats", min(0.0, low), high),
-                {k: max(0.0, v) for k, v in rises.items()},
-            )
+    alone = [row for row in branches.get("ablations", ()) if row["layer"] is not None]
+    if alone:
+        whole = branches["ablations"][0]["nll"]
+        rises = {row["layer"]: row["nll"] - whole for row in alone}
+        low, high = span_of([0.0, *rises.values()])
+        found["ablation"] = bar_plot(
+            "Loss without the sparse branch of one layer",
+            Axis("rise of the loss, nats", low if min(rises.values()) < 0 else 0.0, high),
+            [(layer["kind"], rises.get(layer["index"])) for layer in layers],
+        )
     return found
 
 
-def _loss_plot(curve: dict[str, list[float]]) -> str:
+def _loss_plots(curve: dict[str, list[float]]) -> tuple[str, str]:
     """From the 16th token on where there are many: the first few are noise that would flatten the rest."""
     first = sum(position < 16 for position in curve["position"]) if curve["position"][-1] > 128 else 0
     positions = curve["position"][first:]
-    series = {name: list(zip(positions, curve[name][first:], strict=True)) for name in ("base", "converted")}
-    low, high = span_of([loss for points in series.values() for _, loss in points])
+    lines = {
+        name: list(zip(positions, curve[name][first:], strict=True)) for name in ("base", "converted", "kl")
+    }
+    divergence = lines.pop("kl")
+    low, high = span_of([loss for points in lines.values() for _, loss in points])
     x = Axis("position, tokens", positions[0], max(positions[-1], positions[0] + 1), log=True)
-    return line_plot("Loss by position", x, Axis("loss, nats per token", max(0.0, low), high), series)
+    _, most = span_of([value for _, value in divergence], zero=True)
+    return (
+        line_plot("Loss by position", x, Axis("loss, nats per token", max(0.0, low), high), lines),
+        line_plot(
+            "KL divergence by position", x, Axis("KL, nats per token", 0.0, most),
+            {"KL(base || converted)": divergence}, first=1,
+        ),
+    )  # fmt: skip
 
 
 def _kv_plot(kv: dict[str, Any]) -> str:
-    scale = 1 << 20
-    series = {
-        name: [(context, size / scale) for context, size in zip(kv["contexts"], kv[name], strict=True)]
-        for name in ("base", "converted")
-    }
+    series = {name: list(zip(kv["contexts"], kv[name], strict=True)) for name in ("base", "converted")}
     values = [value for points in series.values() for _, value in points]
     x = Axis("context, tokens", kv["contexts"][0], kv["contexts"][-1], log=True)
-    y = Axis("KV cache, MiB", min(values), max(values), log=True)
+    y = Axis("", min(values), max(values), log=True, number=_power_of_two)
     return line_plot("KV cache against context", x, y, series, dots=True)
+
+
+def _power_of_two(count: float) -> str:
+    return human_bytes(count).replace(".0 ", " ")
 
 
 def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,7 +154,7 @@ def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
         lengths = sorted({cell["length"] for cell in cells})
         depths = sorted({cell["depth"] for cell in cells})
         what = "probability of a token" if kind == "copy" else "exact answers"
-        entry: dict[str, Any] = {"title": f"{KIND_TITLES[kind]}: {what}"}
+        entry: dict[str, Any] = {"title": f"{KIND_TITLES[kind]}: {what}", "lengths": len(lengths)}
         for model in ("base", "converted"):
             table = {
                 (cell["length"], cell["depth"]): math.exp(-cell[model]["nll"])
@@ -132,7 +164,7 @@ def _needle_maps(lookup: dict[str, Any]) -> list[dict[str, Any]]:
             }
             entry[model] = heat_map(
                 f"{entry['title']}, {model}, by depth and length",
-                [f"{length:,}" for length in lengths],
+                [short_number(length) for length in lengths],
                 [f"{depth:.0%}" for depth in depths],
                 [[table.get((length, depth)) for length in lengths] for depth in depths],
             )

@@ -1,18 +1,27 @@
 """Plots as inline SVG: no script, no font and no colour of their own, so that the page's style reaches them.
 
-Classes: `s0`, `s1`, ... are series, `axis` and `grid` lines, `text` labels; a heat map's cells take their colour from
-the custom property `--v`, 0 to 1.
+Classes: `s0`, `s1`, ... are series, `axis` and `grid` lines, `text` labels, and layers have their kind's; a heat map's
+cells take their colour from the custom property `--v`, 0 to 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 28, 44
+WIDTH, HEIGHT = 460, 260
+"""Of a plot: half of the page, so that two stand side by side and one fills a phone."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 30, 46
+
+
+def short_number(value: float) -> str:
+    """A tick's label; multiples of 1,024 in k."""
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
+    return f"{value:g}"
 
 
 @dataclass(frozen=True)
@@ -20,15 +29,17 @@ class Axis:
     """One axis of a plot.
 
     Attributes:
-        label: its name, with the unit.
+        label: its name, with the unit; empty where the ticks say it.
         low, high: its range.
         log: whether it is logarithmic, to base 2 in its ticks.
+        number: how its ticks are written.
     """
 
     label: str
     low: float
     high: float
     log: bool = False
+    number: Callable[[float], str] = short_number
 
     def place(self, value: float) -> float:
         """Where a value lies, 0 to 1."""
@@ -60,7 +71,13 @@ def span_of(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
 
 
 def line_plot(
-    title: str, x: Axis, y: Axis, series: Mapping[str, Sequence[tuple[float, float]]], dots: bool = False
+    title: str,
+    x: Axis,
+    y: Axis,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    dots: bool = False,
+    first: int = 0,
 ) -> str:
     """Lines, with a legend.
 
@@ -69,9 +86,10 @@ def line_plot(
         x, y: axes.
         series: points by name.
         dots: mark the points.
+        first: class of the first series.
     """
     parts = _frame(x, y)
-    for index, (name, points) in enumerate(series.items()):
+    for index, (name, points) in enumerate(series.items(), first):
         places = [(_across(x.place(a)), _up(y.place(b))) for a, b in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
         parts.append(
@@ -79,28 +97,72 @@ def line_plot(
         )
         if dots:
             parts += [f'<circle class="dot s{index}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in places]
-        at = _LEFT + 12 + 150 * index
+        at = _LEFT + 8 + 120 * (index - first)
         parts.append(f'<line class="line s{index}" x1="{at}" y1="10" x2="{at + 22}" y2="10"/>')
         parts.append(_text(at + 28, 14, name, "start"))
     return _svg(title, WIDTH, HEIGHT, parts)
 
 
-def bar_plot(title: str, y: Axis, bars: dict[str, float]) -> str:
-    """A bar per name."""
+def bar_plot(title: str, y: Axis, bars: Sequence[tuple[str, float | None]]) -> str:
+    """A bar per layer, upwards or downwards from zero, above a strip of the layers' kinds.
+
+    Args:
+        title: read out by screen readers.
+        y: its axis, zero within.
+        bars: kind and value of every layer; None draws no bar.
+    """
     parts = _frame(None, y)
     step = (WIDTH - _LEFT - _RIGHT) / max(1, len(bars))
-    skip = -(-len(bars) // 32)
-    for index, (name, value) in enumerate(bars.items()):
-        left, top = _LEFT + step * index, _up(y.place(value))
-        parts.append(
-            f'<rect class="bar s0" x="{left + 0.15 * step:.1f}" y="{top:.1f}" width="{0.7 * step:.1f}" '
-            f'height="{_up(0) - top:.1f}"><title>{escape(name)}: {value:.4g}</title></rect>'
-        )
-        if index % skip == 0:
-            parts.append(_text(left + step / 2, _up(0) + 16, name))
-    middle = _LEFT + (WIDTH - _LEFT - _RIGHT) / 2
-    parts.append(_text(middle, HEIGHT - 8, "layer"))
+    skip, zero = -(-len(bars) // 16), _up(y.place(0.0))
+    for layer, (kind, value) in enumerate(bars):
+        left = _LEFT + step * layer
+        parts.append(_rect(kind, left + 0.06 * step, _up(0) + 4, 0.88 * step, 6, f"layer {layer}: {kind}"))
+        if value is not None:
+            end = _up(y.place(value))
+            name = f"layer {layer}: {value:.4g}"
+            parts.append(
+                _rect("bar", left + 0.15 * step, min(end, zero), 0.7 * step, max(1.0, abs(zero - end)), name)
+            )
+        if layer % skip == 0:
+            parts.append(_text(left + step / 2, _up(0) + 24, str(layer)))
+    parts.append(f'<line class="axis" x1="{_LEFT}" y1="{zero:.1f}" x2="{WIDTH - _RIGHT}" y2="{zero:.1f}"/>')
+    parts.append(_text(_LEFT + (WIDTH - _LEFT - _RIGHT) / 2, HEIGHT - 6, "layer"))
     return _svg(title, WIDTH, HEIGHT, parts)
+
+
+def arc_map(title: str, layers: Sequence[Mapping[str, Any]]) -> str:
+    """The layers in a row, with an arc from every source to the layers that read it.
+
+    Args:
+        title: read out by screen readers.
+        layers: `name`, `kind` and `source` (a number as text, or empty) of each.
+    """
+    step = min(44.0, 960 / max(1, len(layers)))
+    reach = max([i - int(x["source"]) for i, x in enumerate(layers) if _reads(x)], default=0)
+    top = 10 + 17 * math.sqrt(reach) if reach else 4.0
+    parts = []
+    for index, layer in enumerate(layers):
+        middle = step * (index + 0.5)
+        if _reads(layer):
+            start = step * (int(layer["source"]) + 0.5)
+            peak = top - 34 * math.sqrt(index - int(layer["source"]))
+            parts.append(
+                f'<path class="arc" d="M{start:.1f} {top:.1f}Q{(start + middle) / 2:.1f} {peak:.1f} '
+                f'{middle:.1f} {top:.1f}"/>'
+            )
+        source = f" from {layer['source']}" if layer["source"] else ""
+        parts.append(
+            _rect(
+                layer["kind"], step * index + 1, top, step - 2, 26, f"layer {index}: {layer['kind']}{source}"
+            )
+        )
+        parts.append(_text(middle, top + 17, layer["name"], kind=f"name on-{layer['kind']}"))
+        parts.append(_text(middle, top + 40, str(index), kind="index"))
+    return _svg(title, step * len(layers), top + 46, parts)
+
+
+def _reads(layer: Mapping[str, Any]) -> bool:
+    return bool(layer["source"])
 
 
 def heat_map(
@@ -113,7 +175,7 @@ def heat_map(
         columns, rows: names.
         cells: row by row; None leaves a cell empty.
     """
-    left, top, wide, high = 64, 8, 84, 30
+    left, top, wide, high = 42, 4, 58, 28
     width, height = left + wide * len(columns) + 8, top + high * len(rows) + 28
     parts = []
     for r, (name, line) in enumerate(zip(rows, cells, strict=True)):
@@ -133,6 +195,13 @@ def heat_map(
     return _svg(title, width, height, parts)
 
 
+def _rect(kind: str, x: float, y: float, width: float, height: float, name: str) -> str:
+    return (
+        f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2">'
+        f"<title>{escape(name)}</title></rect>"
+    )
+
+
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     return (
         f'<svg role="img" viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px">'
@@ -149,14 +218,15 @@ def _frame(x: Axis | None, y: Axis) -> list[str]:
     for value in y.ticks():
         at = _up(y.place(value))
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{at:.1f}" x2="{WIDTH - _RIGHT}" y2="{at:.1f}"/>')
-        parts.append(_text(_LEFT - 6, at + 4, _number(value), "end"))
+        parts.append(_text(_LEFT - 6, at + 4, y.number(value), "end"))
     if x is not None:
         for value in x.ticks():
             at = _across(x.place(value))
-            parts.append(_text(at, _up(0) + 16, _number(value)))
+            parts.append(_text(at, _up(0) + 18, x.number(value)))
         middle = _LEFT + (WIDTH - _LEFT - _RIGHT) / 2
-        parts.append(_text(middle, HEIGHT - 8, x.label))
-    parts.append(f'<g transform="translate(13 {_up(0.5)}) rotate(-90)">{_text(0, 0, y.label)}</g>')
+        parts.append(_text(middle, HEIGHT - 6, x.label))
+    if y.label:
+        parts.append(f'<g transform="translate(12 {_up(0.5)}) rotate(-90)">{_text(0, 0, y.label)}</g>')
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{_up(0)}" x2="{WIDTH - _RIGHT}" y2="{_up(0)}"/>')
     return parts
 
@@ -167,9 +237,3 @@ def _across(share: float) -> float:
 
 def _up(share: float) -> float:
     return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
-
-
-def _number(value: float) -> str:
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:g}k"
-    return f"{value:g}"
