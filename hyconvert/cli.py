@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hyconvert import cli_bench, cli_eval, cli_heal, cli_planning
-from hyconvert.errors import PlanError
+from hyconvert.errors import PlanError, RecipeError
 from hyconvert.options import (
     Device,
     Json,
@@ -88,6 +88,14 @@ def convert(
     seed: Annotated[int, typer.Option(help="Seed of the rows that alignment samples.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
     max_shard_size: Annotated[float, typer.Option(min=0.001, help="Largest shard in GB.")] = 5.0,
+    heal: Annotated[
+        Path | None,
+        typer.Option(help="Heal by this recipe too; the converted model is kept as OUT-converted."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to train on with --heal.  [default: the recipe's]")
+    ] = None,
+    restart: cli_heal.Restart = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show the plan; write nothing.")
     ] = False,
@@ -111,6 +119,13 @@ def convert(
         "sinks": sinks,
     }
     planned = any((plan, uniform, full_layers))
+    if heal is None and (data or restart):
+        raise RecipeError(f"{'--data' if data else '--restart'} is about healing; give a recipe with --heal")
+    healing = None
+    if heal is not None:
+        from hyconvert.recipe import Recipe
+
+        healing = Recipe.load(heal, data={"source": data}).heal
     if dry_run and not planned:
         raise PlanError(
             "no plan is given, so converting would first measure every layer; run hyconvert measure and hyconvert plan "
@@ -128,25 +143,41 @@ def convert(
     budget = parse_share(kv_budget, "--kv-budget")
     if not planned and not as_json:
         print("No plan is given: measuring what each layer would cost, then choosing.", file=sys.stderr)
-    report = conversion.convert(
-        base,
-        out,
-        kv_budget=budget,
-        costs=costs,
-        align_layers=align,
-        calibration=conversion.Calibration(
-            calibration, calibration_tokens, sequence_length, calibration_column, calibration_retrieval
-        ),
-        fit=FitSettings(seed=seed),
-        dtype=dtype,
-        device=device,
-        force=force,
-        revision=revision,
-        max_shard_bytes=int(max_shard_size * 1e9),
-        command=shlex.join(["hyconvert", *sys.argv[1:]]),
-        progress=silent if as_json else on_stderr,
-        **chosen,
-    )
+    command = shlex.join(["hyconvert", *sys.argv[1:]])
+    progress = silent if as_json else on_stderr
+
+    def convert_to(folder: Path) -> conversion.ConversionReport:
+        return conversion.convert(
+            base,
+            folder,
+            kv_budget=budget,
+            costs=costs,
+            align_layers=align,
+            calibration=conversion.Calibration(
+                calibration, calibration_tokens, sequence_length, calibration_column, calibration_retrieval
+            ),
+            fit=FitSettings(seed=seed),
+            dtype=dtype,
+            device=device,
+            force=force,
+            revision=revision,
+            max_shard_bytes=int(max_shard_size * 1e9),
+            command=command,
+            progress=progress,
+            **chosen,
+        )
+
+    if healing is not None:
+        from hyconvert.heal.options import convert_and_heal
+
+        with cli_heal.resumable():
+            healed = convert_and_heal(
+                convert_to, healing, out, device=device, force=force, restart=restart, command=command,
+                progress=progress,
+            )  # fmt: skip
+        show(healed, as_json)
+        return
+    report = convert_to(out)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

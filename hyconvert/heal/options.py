@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hyconvert.checkpoint.staging import StagedFolder
 from hyconvert.conversion import Calibration, ConversionReport, convert
 from hyconvert.errors import HealError, RecipeError
 from hyconvert.heal.report import HealReport
@@ -56,7 +58,7 @@ def run_recipe(
     command: str | None = None,
     progress: Progress = silent,
 ) -> HealReport:
-    """Convert and heal. A conversion that is there already, under `<out>-converted`, is used again.
+    """Convert and heal as a recipe says; see `convert_and_heal`.
 
     Args:
         recipe: both sections.
@@ -77,23 +79,70 @@ def run_recipe(
         raise HealError(
             f"the recipe has no {missing if recipe.convert is None else 'base; name one with --base'}"
         )
+    options: dict[str, Any] = {"device": device, "force": force, "command": command, "progress": progress}
+    return convert_and_heal(
+        lambda folder: convert_by(recipe, name, folder, **options),
+        recipe.heal,
+        out,
+        restart=restart,
+        **options,
+    )
+
+
+def convert_and_heal(
+    convert_to: Callable[[Path], object],
+    recipe: HealRecipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+    progress: Progress = silent,
+) -> HealReport:
+    """Convert and heal. A conversion that is there already, under `<out>-converted`, is used again.
+
+    Args:
+        convert_to: converts into the folder that it is given.
+        recipe: how to heal.
+        out: the folder to write the healed model to.
+        device: where.
+        force: replace an existing `out`, and convert again.
+        restart: forget what an unfinished run has done.
+        command: the command line to put into the model card.
+        progress: told about each stage.
+
+    Raises:
+        HyconvertError: something cannot be used.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise HealError(
-            "run converts, which is for one process; launch `hyconvert heal --recipe` on its result"
+            "converting is for one process; launch `hyconvert heal --recipe` on the converted model instead"
         )
-    converted = out.with_name(f"{out.name}-converted")
+    StagedFolder(
+        out, force=force, base=None, expected_bytes=None
+    ).discard()  # refused now rather than at the end
+    converted = converted_folder(out)
     if force or not (converted / "config.json").is_file():
-        convert_by(recipe, name, converted, device=device, force=force, command=command, progress=progress)
+        convert_to(converted)
+    else:
+        with progress(f"{converted} is there already and used again", total=1) as step:
+            step()
     return heal(
         converted,
         out,
-        recipe.heal,
+        recipe,
         device=device,
         force=force,
         restart=restart,
         command=command,
         progress=progress,
     )
+
+
+def converted_folder(out: Path) -> Path:
+    """Where the converted model is kept that the healed one comes from."""
+    return out.with_name(f"{out.name}-converted")
 
 
 def convert_by(recipe: Recipe, base: str, out: Path, **options: Any) -> ConversionReport:
