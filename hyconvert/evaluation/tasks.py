@@ -3,7 +3,8 @@
 A converted model is a Transformers model with left padding and batches like any other, so the harness's own `hf` model
 takes it as it is, and `lm_eval --model hf --model_args pretrained=OUT,trust_remote_code=True` works as well.
 Of RULER, `niah_single_1`, `niah_multikey_2`, `niah_multikey_3`, `ruler_vt`, `ruler_cwe` and `ruler_fwe` make their
-prompts up and need no download.
+prompts up and need no download. That of nltk's data, which the others need, is tried all the same; without a network it
+fails, and that is no matter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hyconvert.errors import HyconvertError
 from hyconvert.evaluation.models import Pair
 
 RULER_LENGTH = 4096
-"""Tokens of RULER's prompts, unless the model ends earlier."""
+"""Tokens of RULER's prompts, the fewest that the harness reports."""
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
@@ -51,28 +52,35 @@ def run_tasks(
         tasks: names of tasks, groups or tags of the harness.
         limit: examples per task; None for all.
         batch_size: prompts per batch, padded on the left.
-        length: tokens of prompts, for tasks that make them (RULER's).
+        length: tokens of prompts, for tasks that make them (RULER's): 4,096, 8,192, ... or 131,072.
         on_model: called with the name of each model that is done.
 
     Returns:
         Metrics by model and task.
 
     Raises:
-        HyconvertError: the harness is not installed, or a task cannot be had.
+        HyconvertError: the harness is not installed, a task cannot be had, or the model is too short for it.
     """
     check_tasks(tasks)
     limited = getattr(pair.base.config, "max_position_embeddings", None) or length
+    ruler = [task for task in tasks if task.startswith(("niah_", "ruler"))]
+    if ruler and limited < RULER_LENGTH:  # shorter prompts are not reported, and some are sought for ever
+        raise HyconvertError(
+            f"{ruler[0]} has prompts of {RULER_LENGTH:,} tokens, but this model ends at {limited:,}; leave it out"
+        )
     options = {
         "tasks": list(tasks),
         "limit": limit,
         "batch_size": batch_size,
-        "metadata": {"pretrained": pair.path, "max_seq_lengths": [min(length, limited)]},
         "bootstrap_iters": 0,
         "log_samples": False,
     }
-    found = {}
+    metadata = {"pretrained": pair.path, "max_seq_lengths": [min(length, limited)]}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in pair.models.items():
         try:
+            if "task_manager" not in options:  # reading its index takes seconds
+                options["task_manager"] = _task_manager(metadata)
             found[name] = _run(model, pair.tokenizer, options)
         except (KeyError, ValueError, OSError, ImportError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -83,6 +91,12 @@ def run_tasks(
         if on_model:
             on_model(name)
     return found
+
+
+def _task_manager(metadata: dict[str, Any]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(metadata=metadata)
 
 
 def _run(model: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, dict[str, float]]:

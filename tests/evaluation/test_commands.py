@@ -108,6 +108,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     lm_eval = types.ModuleType("lm_eval")
     lm_eval.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
     lm_eval.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    tasks = types.ModuleType("lm_eval.tasks")
+    tasks.TaskManager = lambda metadata: metadata  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
     huggingface = types.ModuleType("lm_eval.models.huggingface")
     huggingface.HFLM = lambda **options: options  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)
@@ -123,7 +126,7 @@ def test_tasks_run_on_both_models_in_batches(pair: Pair, harness: list[dict[str,
         assert (
             call["model"]["pretrained"] is model and call["model"]["batch_size"] == 4 and call["limit"] == 3
         )
-        assert call["metadata"] == {"pretrained": pair.path, "max_seq_lengths": [4096]}
+        assert call["task_manager"] == {"pretrained": pair.path, "max_seq_lengths": [4096]}
 
 
 def test_a_task_that_cannot_be_had_is_named(pair: Pair, harness: list[dict[str, Any]]) -> None:
@@ -131,11 +134,46 @@ def test_a_task_that_cannot_be_had_is_named(pair: Pair, harness: list[dict[str, 
         run_tasks(pair, ["unknown"])
 
 
+def test_ruler_is_refused_where_the_model_ends_too_early(
+    pair: Pair, harness: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pair.base.config, "max_position_embeddings", 2048)
+    with pytest.raises(HyconvertError, match=r"ruler_vt has prompts of 4,096 tokens, .* ends at 2,048"):
+        run_tasks(pair, ["hellaswag", "ruler_vt"])
+    assert not harness and run_tasks(pair, ["hellaswag"])
+
+
 def test_tasks_alone_measure_nothing_else(checkpoint: Path, harness: list[dict[str, Any]]) -> None:
     code, stdout, _ = run("eval", checkpoint, "--tasks", "vt", "--device", "cpu", "--json")
     data = json.loads(stdout)
     assert code == 0 and data["tasks"]["converted"]["vt"]["4096"] == 0.25 and data["text"] is None
     assert metrics_of({"results": {"a": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}) == {"a": {"acc": 0.5}}
+
+
+def test_a_task_of_ruler_runs_without_a_network(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real harness, in batches. RULER would make 500 prompts, and asks for nltk data that this one needs not."""
+    import nltk
+
+    monkeypatch.setattr(nltk, "download", lambda name: False)
+    from lm_eval.tasks.ruler import prepare_niah
+
+    made = prepare_niah.generate_samples
+    monkeypatch.setattr(
+        prepare_niah, "generate_samples", lambda *args, **options: made(*args, **options | {"num_samples": 3})
+    )
+    widths = []
+    handle = pair.converted.register_forward_pre_hook(
+        lambda _, args, options: widths.append(options["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        found = run_tasks(pair, ["niah_single_1"], limit=3, batch_size=2)
+    finally:
+        handle.remove()
+    assert found.keys() == {"base", "converted"} and all(
+        0 <= x["niah_single_1"]["4096"] <= 1 for x in found.values()
+    )
+    prompts = [shape for shape in widths if shape[1] > 1]
+    assert [shape[0] for shape in prompts] == [2, 1] and all(2000 < shape[1] <= 4096 for shape in prompts)
 
 
 def test_an_answer_is_what_generate_gives_and_the_cache_goes_on(
