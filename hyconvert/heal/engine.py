@@ -87,7 +87,12 @@ class Engine:
             fused=True,
         )
         self.model, self.optimizer = accelerator.prepare(healing, optimizer)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.named = {
+            name: parameter
+            for name, parameter in accelerator.unwrap_model(self.model).named_parameters()
+            if parameter.requires_grad
+        }
+        self.parameters = list(self.named.values())
         self.runs = list(_plan_runs(recipe, len(train)))
         self.record = Record()
         self._sums = torch.zeros(5, device=accelerator.device)
@@ -100,7 +105,7 @@ class Engine:
             HealError: the loss is no longer finite, or a state cannot be saved; the last saved state is kept.
         """
         if self.states is not None and (saved := self.states.latest()):
-            self.record = Record(**self.states.load(saved))
+            self.record = Record(**self.states.load(saved, self.named, self.optimizer.optimizer))
         recipe, total = self.recipe, self.recipe.steps
         stops = {
             name: _every(chosen, total, times)
@@ -128,11 +133,15 @@ class Engine:
                         note = self._read(run)
                         if _due(done, stops["eval"], total):
                             note += f"; {self._measure(run.stage)}"
-                        if _due(done, stops["save"], total) and done < total and self.states is not None:
-                            self.states.save(done, asdict(self.record))
+                        if _due(done, stops["save"], total) and done < total:
+                            self._save(done)
                         tell(note)
                         self._start_clock()
         return self.record
+
+    def _save(self, step: int) -> None:
+        if self.states is not None:
+            self.states.save(step, asdict(self.record), self.named, self.optimizer.optimizer)
 
     def _step(self, run: _Run, step: int) -> None:
         """One optimiser step. Nothing in it waits for the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -47,7 +48,8 @@ def heal(
 
     While it runs, tokenised text and saved states lie in `.<out>.healing` beside `out`. Called again with the same
     arguments after it was stopped, it goes on from the last saved state, bit for bit (on the same device and the same
-    number of processes) as if it had not been. Works in one process and under `accelerate launch` or `torchrun`.
+    number of processes; on another number but for rounding) as if it had not been. Works in one process and under
+    `accelerate launch` or `torchrun`.
 
     Args:
         path: the converted checkpoint.
@@ -141,6 +143,8 @@ def accelerator_of(recipe: HealRecipe, device: str, out: str | Path, may_skip: b
     mixed = "bf16" if compute_dtype(recipe, where) == torch.bfloat16 else "no"
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
+    # Else only the first process of a node reads weights, and the others' teachers, which are not sharded, stay empty.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # a process may heal twice, with another precision
     accelerator = Accelerator(
         cpu=where.type == "cpu",
@@ -151,6 +155,10 @@ def accelerator_of(recipe: HealRecipe, device: str, out: str | Path, may_skip: b
             DistributedDataParallelKwargs(find_unused_parameters=may_skip, broadcast_buffers=False)
         ],
     )
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        # Autocast does what it does everywhere else. Accelerate's policy would round the loss, the residual stream and
+        # the sums of gradients to bfloat16 besides.
+        plugin.mixed_precision_policy = None
     set_seed(recipe.seed)
     return accelerator
 
@@ -168,7 +176,6 @@ def _text(
     settings = recipe.model_dump(mode="json", exclude=set(_FREE_OF)) | {
         "converted": checked.converted.fingerprint,
         "teacher": checked.teacher.fingerprint,
-        "processes": accelerator.num_processes,
     }
     if accelerator.is_main_process:
         if restart:

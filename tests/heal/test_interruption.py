@@ -9,13 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hyconvert.errors import HealError
-from hyconvert.heal import heal
+from hyconvert.heal import heal, states
 from hyconvert.heal.engine import Engine
 from tests.conftest import ROOT
 from tests.test_conversion import stored
@@ -118,26 +120,25 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
-], ids=["numbered", "torch's"])  # fmt: skip
+    CheckpointException("write", {1: (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), StackSummary())}),
+], ids=["numbered", "torch's", "another process's"])  # fmt: skip
 def test_a_full_disk_keeps_the_last_good_state(
     converted: Path,
     recipe: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
+    error: BaseException,
 ) -> None:
-    import accelerate
+    chosen, out, write, calls = recipe(), tmp_path / "out", states._write, []
 
-    chosen, out, save, calls = recipe(), tmp_path / "out", accelerate.Accelerator.save_state, []
-
-    def full(self: Any, folder: str, **options: Any) -> None:
+    def full(tensors: Any, folder: Path) -> None:
         calls.append(folder)
-        save(self, folder, **options)
+        write(tensors, folder)
         if len(calls) == 2:
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(accelerate.Accelerator, "save_state", full)
+        patch.setattr(states, "_write", full)
         with pytest.raises(HealError, match=r"disk is full.*step 8.*state-0000004 is kept"):
             heal(converted, out, chosen, device="cpu")
     assert sorted(p.name for p in working_folder(out).iterdir()) == [

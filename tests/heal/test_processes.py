@@ -1,9 +1,10 @@
-"""Two processes train as one does."""
+"""Two processes train as one does, and what they leave when one of them dies goes on in any number."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,25 +22,45 @@ from hyconvert.heal import heal
 from hyconvert.recipe import HealRecipe
 heal(sys.argv[1], sys.argv[2], HealRecipe.model_validate_json(sys.argv[3]), device="cpu")
 """
+DYING = """
+import os, signal
+from hyconvert.heal.engine import Engine
+step = Engine._step
+def dying(self, run, number):
+    step(self, run, number)
+    if number == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+Engine._step = dying
+"""
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # accelerate launch asks for it
 }
 
 
-def two_processes(arguments: list[str], tmp_path: Path, extra: dict[str, str]) -> None:
+def two_processes(
+    arguments: list[str], tmp_path: Path, extra: dict[str, str], before: str = ""
+) -> subprocess.CompletedProcess[bytes]:
     script = tmp_path / "heal.py"
-    script.write_text(HEAL)
+    script.write_text(before + HEAL)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    return subprocess.run(
         [*launch, str(script), *arguments], env=environment, capture_output=True, check=False, timeout=120
     )
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+
+
+def curves(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Assert that two reports agree."""
+    for curve, key in (("curve", "loss"), ("curve", "gradient_norm"), ("heldout", "kl")):
+        values = [[row[key] for row in report[curve]] for report in (one, two)]
+        assert len(values[0]) >= 4
+        assert values[1] == pytest.approx(values[0], rel=1e-4), (curve, key)
 
 
 @pytest.mark.parametrize("extra", [{}, FSDP], ids=["DDP", "FSDP2"])
@@ -47,11 +68,31 @@ def test_two_processes_have_the_loss_curve_of_one(
     converted: Path, recipe: Callable[..., Any], tmp_path: Path, extra: dict[str, str]
 ) -> None:
     chosen = recipe(micro_tokens=32)  # several forward passes per step and process
-    two_processes([str(converted), str(tmp_path / "two"), chosen.model_dump_json()], tmp_path, extra)
+    done = two_processes([str(converted), str(tmp_path / "two"), chosen.model_dump_json()], tmp_path, extra)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
     one = heal(converted, tmp_path / "one", chosen, device="cpu").to_dict()
     two = json.loads((tmp_path / "two" / "heal.json").read_text())
     assert two["processes"] == 2
-    for curve, key in (("curve", "loss"), ("curve", "gradient_norm"), ("heldout", "kl")):
-        values = [[row[key] for row in report[curve]] for report in (one, two)]
-        assert len(values[0]) >= 4
-        assert values[1] == pytest.approx(values[0], rel=1e-4), (curve, key)
+    curves(one, two)
+
+
+@pytest.mark.parametrize("extra", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_a_dead_process_ends_the_run_and_its_state_goes_on_in_one_process_or_two(
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, extra: dict[str, str]
+) -> None:
+    chosen = recipe(micro_tokens=32)
+    arguments = [str(converted), str(tmp_path / "two"), chosen.model_dump_json()]
+    died = two_processes(arguments, tmp_path, extra, before=DYING)
+    assert died.returncode != 0
+    assert not (tmp_path / "two").exists()
+    work = tmp_path / ".two.healing"
+    assert [path.name for path in work.glob("state-*")] == ["state-0000004"]
+    shutil.copytree(work, tmp_path / ".other.healing")
+    straight = heal(converted, tmp_path / "straight", chosen, device="cpu").to_dict()
+    other = heal(converted, tmp_path / "other", chosen, device="cpu").to_dict()
+    assert len(other["curve"]) == len(straight["curve"]) == 12
+    curves(straight, other)
+    done = two_processes(arguments, tmp_path, extra)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    curves(straight, json.loads((tmp_path / "two" / "heal.json").read_text()))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
