@@ -513,7 +513,9 @@ def arguments() -> Any:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--work", type=Path, help="folder to work in, kept; none is a temporary one")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/several_gpus.json")
+    parser.add_argument(
+        "--out", type=Path, help="rows  [default: benchmarks/results/several_gpus.json; of --tiny in WORK]"
+    )
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -530,6 +532,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.work or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
+        place = folder if options.tiny else ROOT / "benchmarks/results"
+        options.out = options.out or place / "several_gpus.json"
         if options.tiny:
             tiny(options, folder)
         options.converted, options.data = options.converted.resolve(), options.data.resolve()
