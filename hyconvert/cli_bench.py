@@ -48,6 +48,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw the times to this .svg, .png or .pdf.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto is bfloat16 on a GPU, float32 elsewhere.")] = "auto",
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="fp8: keys and values of full and reuse layers in FP8.  [default: --dtype]"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time prompts, steps and throughput, dense and converted on the same decode loop."""
@@ -72,6 +76,7 @@ def bench(
         grid,
         device=device,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         file=out,
         progress=silent if as_json else on_stderr,
     )

@@ -16,6 +16,7 @@ def kv_bytes(
     dtype_bytes: int = 2,
     batch: int = 1,
     static: bool = False,
+    fp8: bool = False,
 ) -> list[int]:
     """Bytes that each layer's keys and values take once `tokens` tokens are cached.
 
@@ -29,6 +30,8 @@ def kv_bytes(
         dtype_bytes: bytes per number, 2 for bfloat16.
         batch: sequences.
         static: count a preallocated cache, where a window layer has `window` slots from the start.
+        fp8: count one byte per number in the layers that hold every token, and four per token and KV head for the scale
+            of keys and for that of values, as `Decoder` keeps them with `kv_dtype="fp8"`.
 
     Returns:
         One number per layer.
@@ -38,14 +41,14 @@ def kv_bytes(
         {"full": None, "reuse": None, "sliding": own}.get(layer.kind, plan.window)
         for layer, own in zip(plan.layers, _own_windows(config), strict=True)
     ]
-    return _layer_bytes(config, windows, tokens, dtype_bytes * batch, static)
+    return _layer_bytes(config, windows, tokens, dtype_bytes, batch, static, fp8)
 
 
 def base_kv_bytes(
-    config: Any, tokens: int, *, dtype_bytes: int = 2, batch: int = 1, static: bool = False
+    config: Any, tokens: int, *, dtype_bytes: int = 2, batch: int = 1, static: bool = False, fp8: bool = False
 ) -> list[int]:
     """The same for the base model before conversion; arguments as in `kv_bytes`."""
-    return _layer_bytes(config, _own_windows(config), tokens, dtype_bytes * batch, static)
+    return _layer_bytes(config, _own_windows(config), tokens, dtype_bytes, batch, static, fp8)
 
 
 def _own_windows(config: Any) -> list[int | None]:
@@ -56,10 +59,20 @@ def _own_windows(config: Any) -> list[int | None]:
     return [base_window(config, layer) for layer in range(config.num_hidden_layers)]
 
 
-def _layer_bytes(config: Any, windows: list[int | None], tokens: int, scale: int, static: bool) -> list[int]:
+def _layer_bytes(
+    config: Any,
+    windows: list[int | None],
+    tokens: int,
+    dtype_bytes: int,
+    batch: int,
+    static: bool,
+    fp8: bool,
+) -> list[int]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * head_dim * scale
+    rows = 2 * config.num_key_value_heads * batch
+    near = rows * head_dim * dtype_bytes
+    far = rows * (head_dim + 4) if fp8 else near
     return [
-        per_token * (tokens if window is None else min(tokens, window if static else window - 1))
+        far * tokens if window is None else near * min(tokens, window if static else window - 1)
         for window in windows
     ]

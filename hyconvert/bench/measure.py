@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Bench:
         ceilings: of the card, for floors; None for none.
         steps: steps per timing.
         repeats: timings, whose median counts.
+        kv_dtype: of the long caches, as for `Decoder`.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Bench:
         *,
         steps: int = 32,
         repeats: int = 3,
+        kv_dtype: str | None = None,
     ) -> None:
         self.name, self.network, self.ceilings = name, network, ceilings
-        self.steps, self.repeats = steps, repeats
+        self.steps, self.repeats, self.kv_dtype = steps, repeats, kv_dtype
         self.fastest: dict[tuple[int, int], DenseWay | None] = {}
         """How a full layer without readers decoded fastest, by batch and context."""
 
@@ -125,7 +128,8 @@ class Bench:
         with self._row(what, batch, context) as row:
             decoder = self._decoder(batch, context + self.steps + 1, row)
             ways: dict[str, DenseWay | None] = {"split keys": None}
-            if self.on_gpu and any(b.kind == "full" and not b.scored for b in self.network.blocks):
+            own = self.kv_dtype is None  # PyTorch's attention reads no FP8
+            if own and self.on_gpu and any(b.kind == "full" and not b.scored for b in self.network.blocks):
                 ways["cuDNN"] = DenseWay(context, [SDPBackend.CUDNN_ATTENTION])
                 ways["flash"] = DenseWay(context, [SDPBackend.FLASH_ATTENTION])
             times: dict[str, float] = {}
@@ -145,7 +149,7 @@ class Bench:
             self.fastest[batch, context] = ways[way]
             note = way + (f" ({', '.join(slower)})" if slower else "")
             row |= {"seconds": times[way], "tokens_per_second": batch / times[way], "note": note}
-            row["floor_seconds"] = self._floor(step_work, batch, context)
+            row["floor_seconds"] = self._floor(partial(step_work, kv_dtype=self.kv_dtype), batch, context)
         return self._finish(row)
 
     def throughput(self, context: int, *, most: int = 4096) -> Row:
@@ -168,7 +172,8 @@ class Bench:
         """Bytes of one sequence's preallocated cache."""
         count = kv_bytes if hasattr(self.network.config, "get_plan") else base_kv_bytes
         size = torch.empty((), dtype=self.network.dtype).element_size()
-        return sum(count(self.network.config, length, dtype_bytes=size, static=True))
+        fp8 = self.kv_dtype is not None
+        return sum(count(self.network.config, length, dtype_bytes=size, static=True, fp8=fp8))
 
     def profile(
         self, batch: int, context: int, *, dense: DenseWay | None = None, top: int = 25
@@ -180,7 +185,9 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         self._collect()
-        decoder = Decoder(self.network, batch=batch, max_length=context + self.steps + 1)
+        decoder = Decoder(
+            self.network, batch=batch, max_length=context + self.steps + 1, kv_dtype=self.kv_dtype
+        )
         decoder.dense = dense
         decoder.assume(context)
         decoder.step()
@@ -212,7 +219,7 @@ class Bench:
         return statistics.median(times)
 
     def _decoder(self, batch: int, length: int, row: dict[str, Any]) -> Decoder:
-        decoder = Decoder(self.network, batch=batch, max_length=length)
+        decoder = Decoder(self.network, batch=batch, max_length=length, kv_dtype=self.kv_dtype)
         counted = decoder.caches.allocated
         row["kv_bytes"] = decoder.caches.nbytes if counted is None else counted
         return decoder

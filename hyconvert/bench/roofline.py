@@ -51,14 +51,18 @@ def _seconds(function: Any, repeats: int = 20) -> float:
     return float(begin.elapsed_time(end)) / repeats / 1e3
 
 
-def step_work(network: Network, batch: int, context: int) -> Work:
-    """One decoding step of `batch` rows after `context` tokens each."""
+def step_work(network: Network, batch: int, context: int, kv_dtype: str | None = None) -> Work:
+    """One decoding step of `batch` rows after `context` tokens each, from caches of `kv_dtype` as `Decoder` has it."""
     weights, active = _weights(network, batch)
     size = torch.empty((), dtype=network.dtype).element_size()
     moved, operations = weights * size, 2 * active * batch
     for block in network.blocks:
         keys = batch * _keys(network, block, context)
-        moved += 2 * keys * block.groups * block.dim * size
+        near = keys if kv_dtype is None else 0
+        if kv_dtype is not None and block.ring is not None:
+            near = batch * min(block.window, context + 1)
+        row = near * block.dim * size + (keys - near) * (block.dim + 4)  # in FP8 with a scale
+        moved += 2 * row * block.groups
         operations += 4 * keys * block.heads * block.dim
     return Work(moved, operations)
 

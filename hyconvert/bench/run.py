@@ -18,6 +18,7 @@ from hyconvert.bench.targets import Subject
 from hyconvert.checkpoint.opening import DTYPES
 from hyconvert.errors import CheckpointError, DataError, HyconvertError
 from hyconvert.evaluate import pick_device
+from hyconvert.generation.caches import check_kv_dtype
 from hyconvert.generation.network import read_network
 from hyconvert.progress import Progress, silent
 
@@ -59,6 +60,7 @@ def bench(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    kv_dtype: str | None = None,
     file: Path | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
@@ -71,15 +73,17 @@ def bench(
         device: where; auto is a GPU if there is one. Elsewhere than on a GPU everything runs on the references, which
             are written to be right: such times say nothing.
         dtype: of weights and caches; auto is bfloat16 on a GPU, float32 elsewhere.
+        kv_dtype: "fp8" for long caches in FP8, as for `Decoder`; None is `dtype`.
         file: JSON file, written row by row.
         progress: one step per row.
 
     Raises:
         CheckpointError: the weights do not fit, or cannot be read.
-        HyconvertError: the grid asks for more tokens than the model has positions for.
+        HyconvertError: the device cannot read FP8; or the grid asks for more tokens than the model has positions for.
     """
     where = pick_device(device)
     chosen = _dtype(dtype, where)
+    check_kv_dtype(kv_dtype, where)
     limit = min(subject.config.max_position_embeddings for subject in subjects)
     longest = max(grid.contexts)
     if longest > limit:
@@ -92,7 +96,7 @@ def bench(
     ceilings = Ceilings.measure() if on_gpu else None
     report = BenchReport(
         target, torch.cuda.get_device_name(where) if on_gpu else "cpu, on the references",
-        str(chosen).removeprefix("torch."),
+        str(chosen).removeprefix("torch.") + (f", long caches in {kv_dtype}" if kv_dtype else ""),
         {subject.name: subject.plan.line for subject in subjects if subject.plan}, versions(),
         None if ceilings is None else {"bytes_per_s": ceilings.bandwidth, "flops_per_s": ceilings.rate}, file=file,
     )  # fmt: skip
@@ -103,8 +107,9 @@ def bench(
             model = subject.build(where, chosen)
             written = text_prompts(subject.path)
             measured = Bench(
-                subject.name, read_network(model), ceilings, steps=grid.steps, repeats=grid.repeats
-            )
+                subject.name, read_network(model), ceilings, steps=grid.steps, repeats=grid.repeats,
+                kv_dtype=kv_dtype,
+            )  # fmt: skip
             _measure(measured, grid, report, step, written)
             del model, measured
             gc.collect()

@@ -23,6 +23,7 @@ def generate(
     top_p: float | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
+    kv_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Continue prompts on the decode loop; one call of `Decoder`, which many prompts should share.
@@ -36,6 +37,7 @@ def generate(
         top_k, top_p: what sampling is limited to; see `Sampling`.
         eos_token_id: what ends a sequence; None is the model's own, an empty list is nothing.
         pad_token_id: what follows the end; None is the model's own, or the first end token.
+        kv_dtype: "fp8" for the long caches in FP8; None is the model's dtype.
         implementation: of the kernels; None for whichever runs on the model's device.
 
     Returns:
@@ -55,6 +57,7 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p),
         eos=ends,
         pad=pad if pad is not None else ends[0] if ends else 0,
+        kv_dtype=kv_dtype,
         implementation=implementation,
     )
     return decoder.generate(input_ids, attention_mask, max_new_tokens=max_new_tokens)

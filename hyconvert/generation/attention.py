@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hyconvert.generation.caches import KV
 from hyconvert.generation.network import Block, Network
 from hyconvert.modeling.attention import with_sink
 from hyconvert_kernels import (
@@ -38,8 +39,7 @@ SDPA_ORDER = [
 class Selected(NamedTuple):
     """What a full layer leaves for its readers: its keys and values, the blocks, and their union per tile."""
 
-    keys: Tensor
-    values: Tensor
+    cache: KV
     indices: Tensor
     union: Any = None
 
@@ -85,8 +85,7 @@ def attend(
     network: Network,
     index: int,
     x: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: KV,
     now: Pass,
     *,
     last_only: bool = False,
@@ -97,7 +96,7 @@ def attend(
         network: the model.
         index: of the layer.
         x: [B, T, D], after the norm before attention; T > 1 is a whole prompt, T = 1 a step.
-        keys, values: the layer's cache, of these B rows.
+        cache: the layer's keys and values, of these B rows.
         now: the pass.
         last_only: only the last token's output is wanted.
 
@@ -109,9 +108,9 @@ def attend(
     if block.flat_norm:
         fused = _normed_whole(block, fused, now)
     if x.shape[1] == 1:
-        out = _decode(network, index, x, fused, keys, values, now)
+        out = _decode(network, index, x, fused, cache, now)
     else:
-        out = _prefill(network, index, x, fused, keys, values, now, last_only)
+        out = _prefill(network, index, x, fused, cache, now, last_only)
     return block.output(out.transpose(1, 2).flatten(2))
 
 
@@ -128,7 +127,13 @@ def _normed_whole(block: Block, fused: Tensor, now: Pass) -> Tensor:
 
 
 def _queries(
-    block: Block, fused: Tensor, keys: Tensor, values: Tensor | None, now: Pass, ring: bool
+    block: Block,
+    fused: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+    now: Pass,
+    ring: bool,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both queries, and the keys and values in their places."""
     mapped = block.attention.query_map if block.kind == "sparse" else None
@@ -137,7 +142,7 @@ def _queries(
         q_norm=None if block.flat_norm else block.q_norm, k_norm=None if block.flat_norm else block.k_norm,
         eps=block.eps, query_map=mapped, rotate=block.rotate,
         rotate_source=block.rotate_source if block.kind == "sparse" else block.rotate, ring=ring,
-        implementation=now.implementation,
+        scales=scales, implementation=now.implementation,
     )  # fmt: skip
     return q, q if sparse is None else sparse
 
@@ -156,48 +161,49 @@ def _settings(network: Network, block: Block, now: Pass) -> dict[str, Any]:
     }
 
 
-def _decode(
-    network: Network, index: int, x: Tensor, fused: Tensor, keys: Tensor, values: Tensor, now: Pass
-) -> Tensor:
+def _decode(network: Network, index: int, x: Tensor, fused: Tensor, cache: KV, now: Pass) -> Tensor:
     block = network.blocks[index]
-    q, query = _queries(block, fused, keys, values, now, block.ring is not None)
+    keys, values, scales = cache
+    q, query = _queries(block, fused, keys, values, now, block.ring is not None, scales)
     settings = _settings(network, block, now)
     if block.ring is not None:  # a shorter ring has room for every token that there will be
         settings["window"] = min(block.window, keys.shape[2])
     where = now.offset, now.start
     if block.kind == "full" and block.scored:
-        out, _, indices = oracle_decode(q, keys, values, *where, topk=network.topk, **settings)
-        now.selected[index] = Selected(keys, values, indices)
+        out, _, indices = oracle_decode(q, keys, values, *where, topk=network.topk, scales=scales, **settings)
+        now.selected[index] = Selected(cache, indices)
         return out
-    if block.kind == "full" and now.dense is not None:
+    if block.kind == "full" and now.dense is not None and scales is None:
         seen = slice(now.dense.length)
         with sdpa_kernel(now.dense.backends, set_priority=True):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, keys[:, :, seen], values[:, :, seen], scale=block.scale, enable_gqa=True
             )
     if block.kind == "full":
-        return oracle_attention(q, keys, values, *where, with_scores=False, **settings)[0]
+        return oracle_attention(q, keys, values, *where, with_scores=False, scales=scales, **settings)[0]
     near = {key: settings[key] for key in ("window", "scale", "implementation")}
     plain = block.attention is None or block.attention.window_sink is None
     if block.source is None and plain:
         return window_decode(q, keys, values, *where, counter=now.counter, **near)
     at_source = None if block.source is None else now.selected[block.source]
     if at_source is not None and block.kind == "reuse":
-        at_source = at_source._replace(keys=keys, values=values)
+        at_source = at_source._replace(cache=cache)
     if at_source is not None and block.merges:
         ordered_offset, ordered_start = (None, None) if block.ring else where
         return sparse_decode(
-            q, keys, values, query, at_source.keys, at_source.values, at_source.indices, *where,
+            q, keys, values, query, *at_source.cache[:2], at_source.indices, *where,
             _gate_logit(block, fused), value_map=block.attention.value_map, counter=now.counter,
-            window_offset=ordered_offset, window_start=ordered_start, **settings,
+            window_offset=ordered_offset, window_start=ordered_start, scales=at_source.cache.scales,
+            window_scales=scales, **settings,
         )  # fmt: skip
-    ordered = in_order(q, keys, values, *where) if block.ring else (q, keys, values, *where)
+    # Kernels for sigmoid gates and sinks read no FP8, so that a whole cache is widened here, in every step.
+    own = cache.plain(q.dtype)
+    ordered = in_order(q, *own[:2], *where) if block.ring else (q, *own[:2], *where)
     branch = with_sink(*window_attention(*ordered, **near), block.attention.window_sink)
     if at_source is None:
         return branch[0]
-    far = block_sparse_attention(
-        query, at_source.keys, at_source.values, at_source.indices, *where, **settings
-    )
+    source = own if block.kind == "reuse" else at_source.cache.plain(q.dtype)
+    far = block_sparse_attention(query, *source[:2], at_source.indices, *where, **settings)
     return _mix(block, x, branch, _far_branch(block, far), now)
 
 
@@ -206,14 +212,18 @@ def _prefill(
     index: int,
     x: Tensor,
     fused: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: KV,
     now: Pass,
     last_only: bool,
 ) -> Tensor:
     block = network.blocks[index]
     length = x.shape[1]
-    if block.ring is None:
+    keys, values, scales = cache
+    if scales is not None:  # attention within the prompt is by its keys and values as they were
+        k, v = (x.new_empty(keys.shape[0], block.groups, length, block.dim) for _ in "kv")
+        q, query = _queries(block, fused, k, v, now, False)
+        cache.store(k, v)
+    elif block.ring is None:
         q, query = _queries(block, fused, keys, values, now, False)
         k, v = keys[:, :, :length], values[:, :, :length]
     else:
@@ -235,7 +245,7 @@ def _prefill(
         branch = window_attention(q, k, v, *where, **near)
         return branch[0] if block.attention is None else with_sink(*branch, block.attention.window_sink)[0]
     source = now.selected[block.source]
-    k_far, v_far = (k, v) if block.kind == "reuse" else (source.keys, source.values)
+    k_far, v_far = (k, v) if block.kind == "reuse" else source.cache[:2]
     far = block_sparse_attention(query, k_far, v_far, source.indices, *where, union=source.union, **settings)
     far = _far_branch(block, far)
     if block.merges:
@@ -263,7 +273,7 @@ def _prefill_full(
         indices, *where, slots=k.shape[2], block_size=network.block_size, window=block.window,
         ratio=block.heads // block.groups, implementation=now.implementation,
     )  # fmt: skip
-    now.selected[index] = Selected(k, v, indices, union)
+    now.selected[index] = Selected(KV(k, v), indices, union)
     return out
 
 

@@ -34,11 +34,14 @@ class Decoder:
         sampling: how tokens are chosen.
         eos: token ids that end a sequence.
         pad: what follows the end.
+        kv_dtype: "fp8" keeps the long caches (full and reuse layers) in float8_e4m3fn, with a scale per token and KV
+            head; None is the model's dtype.
         graph: capture steps in a CUDA graph; None means where there is a GPU.
         implementation: "triton", "reference", or None for whichever runs on the model's device.
 
     Raises:
         UnsupportedModelError: the model does not fit; see `read_network`.
+        HyconvertError: room for nothing was asked for, or for FP8 that the GPU cannot read.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Decoder:
         sampling: Sampling | None = None,
         eos: tuple[int, ...] = (),
         pad: int = 0,
+        kv_dtype: str | None = None,
         graph: bool | None = None,
         implementation: str | None = None,
     ) -> None:
@@ -64,7 +68,7 @@ class Decoder:
         self.implementation = implementation
         device = self.network.device
         self.graphed = device.type == "cuda" if graph is None else graph
-        self.caches = Caches.allocate(self.network, batch, max_length)
+        self.caches = Caches.allocate(self.network, batch, max_length, kv_dtype)
         self.cos, self.sin = self.network.rope_tables(max_length)
         self.length = 0
         """Tokens cached per row, padding counted; the host's copy of `offset`."""
@@ -72,6 +76,8 @@ class Decoder:
         """See `Pass.dense`; call `forget_graph` after changing it."""
         self.select: Callable[[Tensor], Tensor] | None = None
         """See `Pass.select`."""
+        self.logits: Tensor | None = None
+        """[B, V] that the latest tokens were chosen from; the next step overwrites it."""
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.offset = torch.zeros(batch, dtype=torch.int64, device=device)
         self.first = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -122,6 +128,7 @@ class Decoder:
         logits = torch.cat(
             [self._read(ids[at : at + rows], slice(at, at + rows), padded) for at in range(0, batch, rows)]
         )
+        self.logits = logits
         self._emit(self.sampling.choose(logits))
         return logits
 
@@ -162,6 +169,20 @@ class Decoder:
         else:
             self._step()
         self.length += 1
+
+    def feed(self, token: Tensor) -> Tensor:
+        """Put tokens [B] in the place of those chosen last, and take a step.
+
+        Returns:
+            Logits [B, V] after them, which the next step overwrites.
+
+        Raises:
+            HyconvertError: see `step`.
+        """
+        self.token.copy_(token[:, None])
+        self.step()
+        assert self.logits is not None
+        return self.logits
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_new_tokens: int
@@ -220,13 +241,15 @@ class Decoder:
         x = torch.nn.functional.embedding(ids, network.embedding)
         residual: Tensor | None = None
         last = len(network.blocks) - 1
+        last_reader = {block.source: index for index, block in enumerate(network.blocks)}
         for index, block in enumerate(network.blocks):
             if block.before is not None:
                 x, residual = self._norm(x, residual, block.before)
             elif residual is None:
                 residual = x.clone()
-            cache = self.caches.keys[index][rows], self.caches.values[index][rows]
-            out = attend(network, index, x, *cache, now, last_only=index == last)
+            out = attend(network, index, x, self.caches.of(index, rows), now, last_only=index == last)
+            if block.source is not None and last_reader[block.source] == index:
+                del now.selected[block.source]
             if index == last:  # nothing but the last token is wanted from here on
                 out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
             x, residual = self._norm(out, residual, block.between)
@@ -247,6 +270,7 @@ class Decoder:
             implementation=self.implementation, dense=self.dense,
         )  # fmt: skip
         logits = self._run(self.token, slice(None), now)
+        self.logits = logits
         self.offset += 1
         self._emit(self.sampling.choose(logits))
 

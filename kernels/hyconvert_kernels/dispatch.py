@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor
 
+from .fp8 import FP8, fp8_problem
+
 BLOCK_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -66,12 +68,25 @@ def device_problem(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 
 def attention_problem(
-    q: Tensor, k: Tensor, v: Tensor, *, block_size: int | None = None, window: int = 1, topk: int = 1
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int | None = None,
+    window: int = 1,
+    topk: int = 1,
+    scaled: bool = False,
 ) -> str | None:
-    """Why the attention kernels cannot run these inputs, or None. Shapes are checked elsewhere."""
+    """Why the attention kernels cannot run these inputs, or None; with ``scaled``, keys and values have scales.
+
+    Shapes are checked elsewhere.
+    """
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}; it must be float32, float16 or bfloat16"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
+    if scaled and k.dtype == v.dtype == FP8:
+        if problem := fp8_problem(k.device):
+            return problem
+    elif k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
     dim, ratio = q.shape[3], q.shape[1] // k.shape[1]
     if not 16 <= dim <= 256 or dim % 8:

@@ -11,6 +11,8 @@ import triton.language as tl
 FAR: tl.constexpr = tl.constexpr(2147483647)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+FP8_LARGEST: tl.constexpr = tl.constexpr(448.0)
+FP8_SMALLEST: tl.constexpr = tl.constexpr(1e-30)
 
 
 @triton.jit
@@ -52,8 +54,11 @@ def load_keys(
 
 
 @triton.jit
-def softmax_step(logits, v, acc, top, total, MASK: tl.constexpr, PREC: tl.constexpr):
-    """One online-softmax update with ``logits [rows, keys]`` in log2 units (-inf where masked)."""
+def softmax_step(logits, v, acc, top, total, MASK: tl.constexpr, PREC: tl.constexpr, v_scale=None):
+    """One online-softmax update with ``logits [rows, keys]`` in log2 units (-inf where masked).
+
+    With ``v_scale [keys]`` the values are ``v_scale`` times ``v``.
+    """
     new = tl.maximum(top, tl.max(logits, 1))
     safe = new
     if MASK:
@@ -61,6 +66,8 @@ def softmax_step(logits, v, acc, top, total, MASK: tl.constexpr, PREC: tl.conste
     weights = tl.exp2(logits - safe[:, None])
     decay = tl.exp2(top - safe)
     total = total * decay + tl.sum(weights, 1)
+    if v_scale is not None:
+        weights = weights * v_scale[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PREC)
     return acc, new, total
 

@@ -60,6 +60,23 @@ def test_a_base_is_timed_dense_and_under_several_plans(
     assert decode["F S0 W F"] == decode["dense"] // 2 + 2 * 2 * 16 * 2 * 2 * 16 * 4
 
 
+def test_long_caches_may_be_timed_in_fp8(tiny_base: Callable[..., Path]) -> None:
+    settings = ("--base", "--plan", "F S0 W F", "--what", "decode,prefill", *SMALL, *PLAN, "--kv-dtype")
+    code, stdout, stderr = run("bench", tiny_base("qwen3"), *settings, "fp8", "--json")
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    assert report["dtype"] == "float32, long caches in fp8" and not [r for r in report["rows"] if r["error"]]
+    held = {
+        row["model"]: row["kv_bytes"]
+        for row in report["rows"]
+        if (row["what"], row["batch"]) == ("decode", 1)
+    }
+    assert held["dense"] == 4 * 51 * 2 * 2 * (16 + 4)  # layers, tokens, K and V, KV heads, d and a scale
+    assert held["F S0 W F"] == held["dense"] // 2 + 2 * 16 * 2 * 2 * 16 * 4
+    code, _, stderr = run("bench", tiny_base("qwen3"), *settings, "int8")
+    assert code == 2 and "kv_dtype 'int8' is not known; use fp8" in stderr and len(stderr.splitlines()) == 1
+
+
 def test_a_converted_model_is_timed_with_its_weights(tiny_base: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "converted"
     code, _, stderr = run("convert", tiny_base("llama"), "-o", out, "--plan", "F S0 W F", "--no-align", *PLAN)

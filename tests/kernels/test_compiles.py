@@ -12,14 +12,17 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from hyconvert_kernels.decode import full, sparse
 from hyconvert_kernels.step import forward, matvec
 
 def check(kernel, types, **constants):
     names = [parameter.name for parameter in kernel.params]
+    constants |= {name: None for name in SCALES if name in names and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
+SCALES = "K_SCALE V_SCALE SLOTS W_K_SCALE W_V_SCALE".split()
 pointers = "X Q_NORM K_NORM MAP Q QS K_OUT V_OUT RESIDUAL WEIGHT OUT W BIAS".split()
 types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("COS", "SIN"), "*fp32") | {"eps": "fp32"}
 types |= dict.fromkeys(("OFFSET", "START"), "*i64")
@@ -27,13 +30,28 @@ check(
     forward._split_heads, types, H=4, G=2, D=64, DH=32, BR=16, NORM=True, MAPPED=True, SPARSE=True, ROTATE=True,
     ROTATE_S=True, RING=True, PREC="ieee",
 )
+scaled = dict.fromkeys(("K_SCALE", "V_SCALE", "W_K_SCALE", "W_V_SCALE"), "*fp32") | {"SLOTS": "i32"}
+check(
+    forward._split_heads, types | scaled | dict.fromkeys(("K_OUT", "V_OUT"), "*fp8e4nv"), H=4, G=2, D=64, DH=32, BR=16,
+    NORM=True, MAPPED=False, SPARSE=False, ROTATE=True, ROTATE_S=True, RING=False, PREC="ieee",
+)
+decode = types | dict.fromkeys("Q QS K V KW VW GATE".split(), "*bf16") | dict.fromkeys(("INDICES", "COUNTER"), "*i32")
+decode |= dict.fromkeys("PART PART_LSE RAW".split(), "*fp32") | {"W_OFFSET": "*i64", "W_START": "*i64"}
+decode |= {"scale_log2": "fp32"}
+size = {"G": 2, "R": 2, "RM": 16, "D": 64, "DP": 64, "BN": 64, "BLOCK": 64, "PREC": "ieee", "STAGES": 2}
+fp8 = decode | scaled | dict.fromkeys(("K", "V", "KW", "VW"), "*fp8e4nv")
+for kind in (decode, fp8):
+    check(full._split, kind, SCORE=True, **size)
+    check(
+        sparse._sparse_decode, kind, RP=2, W_SPLITS=1, S_SPLITS=2, RING=False, MAPPED=2, MAP_STAGES=2, CHUNK=2, **size
+    )
 check(forward._add_norm, types, D=96, DP=128, ADD=True, AFTER=False)
 for rows in (1, 16):
     check(matvec._matvec, types, M=rows, BN=16, BK=64, BIASED=True, GATED=True, PREC="ieee", STAGES=2)
 """
 
 
-def test_kernels_around_attention_compile_for_an_h100():
+def test_kernels_of_a_step_compile_for_an_h100():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..configs import Tile, decode_splits, decode_tile, strides
-from ..tiles import LN2, finish, load_keys, load_rows, softmax_step, store_rows
+from ..tiles import FP8_LARGEST, LN2, finish, load_keys, load_rows, softmax_step, store_rows
 from ..topk.forward import select_blocks
 
 
@@ -13,7 +13,8 @@ from ..topk.forward import select_blocks
 def _split(
     Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, SPLITS, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, K_SCALE=None, V_SCALE=None,
+    SLOTS=None,
 ):  # fmt: skip
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -29,23 +30,37 @@ def _split(
     k_base = K + row64 * skb + group64 * skg
     v_base = V + row64 * svb + group64 * svg
     raw = RAW + (line.to(tl.int64) * R + r) * NB
+    if K_SCALE is not None:
+        scales_at = line.to(tl.int64) * SLOTS
     top = tl.full([RM], float("-inf"), tl.float32)
     total = tl.zeros([RM], tl.float32)
     acc = tl.zeros([RM, DP], tl.float32)
     parts: tl.constexpr = BN // BLOCK
     for n in tl.range(begin, free, BN, num_stages=STAGES):
         k = load_keys(k_base, sks, n, end, BN, D, DP, False)
+        if K_SCALE is not None:
+            k = k.to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+        if K_SCALE is not None:
+            logits *= tl.load(K_SCALE + scales_at + n + tl.arange(0, BN))[None, :]
         if SCORE:
             best = tl.max(tl.reshape(logits, [RM, parts, BLOCK]), 2)
             at = (n - start) // BLOCK + tl.arange(0, parts)
             tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None])
         v = load_keys(v_base, svs, n, end, BN, D, DP, False)
-        acc, top, total = softmax_step(logits, v, acc, top, total, False, PREC)
+        if V_SCALE is not None:
+            v_scale = tl.load(V_SCALE + scales_at + n + tl.arange(0, BN)) * FP8_LARGEST
+            acc, top, total = softmax_step(logits, v.to(q.dtype), acc, top, total, False, PREC, v_scale)
+        else:
+            acc, top, total = softmax_step(logits, v, acc, top, total, False, PREC)
     for n in tl.range(free, end, BN, num_stages=1):
         k = load_keys(k_base, sks, n, end, BN, D, DP, True)
+        if K_SCALE is not None:
+            k = k.to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
         keys = n + tl.arange(0, BN)[None, :]
+        if K_SCALE is not None:
+            logits *= tl.load(K_SCALE + scales_at + keys, mask=keys < end, other=0.0)
         if SCORE:
             outside = tl.where(keys <= slot - window, logits, float("-inf"))
             best = tl.max(tl.reshape(outside, [RM, parts, BLOCK]), 2)
@@ -53,7 +68,14 @@ def _split(
             tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None] & (at < NB)[None, :])
         logits = tl.where(keys < end, logits, float("-inf"))
         v = load_keys(v_base, svs, n, end, BN, D, DP, True)
-        acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
+        if V_SCALE is not None:
+            key = n + tl.arange(0, BN)
+            v_scale = tl.load(V_SCALE + scales_at + key, mask=key < end, other=0.0) * FP8_LARGEST
+            acc, top, total = softmax_step(logits, v.to(q.dtype), acc, top, total, True, PREC, v_scale)
+        else:
+            acc, top, total = softmax_step(logits, v, acc, top, total, True, PREC)
+    if V_SCALE is not None:  # weights times 448 scales stay within float16
+        acc = acc * (1.0 / FP8_LARGEST)
     out, lse = finish(acc, top, total)
     place = (line.to(tl.int64) * R + r) * SPLITS + split
     store_rows(PART, place * D, out, row_ok, D, DP)
@@ -106,10 +128,17 @@ def _join(
         tl.store(INDICES + line * TOPK + pad, tl.full([KP], -1, tl.int32), mask=(pad >= count) & (pad < TOPK))
 
 
+def scale_arguments(scales):
+    """A decode kernel's scales of keys and values, and how many slots they count; None compiles them away."""
+    keys, values = scales or (None, None)
+    return {"K_SCALE": keys, "V_SCALE": values, "SLOTS": None if keys is None else keys.shape[2]}
+
+
 def oracle_decode(
-    q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, tile: Tile | None = None
-):
-    """Fill ``out``, ``lse`` and, unless it is None, ``indices``; all contiguous."""
+    q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, scales=None,
+    tile: Tile | None = None,
+):  # fmt: skip
+    """Fill ``out``, ``lse`` and, unless it is None, ``indices``; all contiguous, and so are ``scales``."""
     batch, heads, _, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
@@ -127,7 +156,7 @@ def oracle_decode(
         q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
         blocks, splits, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
-        SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **tile.launch(),
+        SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **scale_arguments(scales), **tile.launch(),
     )  # fmt: skip
     size = max(32, triton.next_power_of_2(blocks)) if scored else 32
     topk = indices.shape[3] if scored else 1

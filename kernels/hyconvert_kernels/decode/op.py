@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device, wants_gradient
-from ..oracle.op import oracle_topk
+from ..fp8 import Scales, check_scales
+from ..oracle.op import decode_scaled, oracle_topk
 from . import reference
 
 
@@ -22,18 +23,22 @@ def oracle_decode(
     window: int,
     topk: int,
     scale: float,
+    scales: Scales | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.oracle_decode`."""
+    """See `reference.oracle_decode`; with ``scales`` it is no op of ``torch.library``."""
     check_inputs(q, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
-    problem = attention_problem(q, k, v, block_size=block_size, window=window, topk=topk)
+    scaled = scales is not None
+    problem = attention_problem(q, k, v, block_size=block_size, window=window, topk=topk, scaled=scaled)
     blocks = -(-k.shape[2] // block_size)
     if problem is None and blocks > 65536:
         problem = f"{blocks} blocks of keys; at most 65536"
     tensors = (q, k, v, q_offset, start)
     if choose("oracle_decode", tensors, implementation, problem) == "reference" or q.shape[2] != 1:
-        return reference.oracle_decode(*tensors, topk=topk, **settings)
+        return reference.oracle_decode(*tensors, topk=topk, scales=scales, **settings)
+    if scales is not None:
+        return decode_scaled(*tensors, scales, topk=topk, **settings)
     return oracle_topk(*tensors, block_size, window, topk, scale)
 
 
@@ -55,6 +60,8 @@ def sparse_decode(
     value_map: Tensor | None = None,
     window_offset: Tensor | None = None,
     window_start: Tensor | None = None,
+    scales: Scales | None = None,
+    window_scales: Scales | None = None,
     counter: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
@@ -63,22 +70,28 @@ def sparse_decode(
     Args:
         counter: int32 zeros ``[B G]`` or more, on q's device, for the kernel to count in and to leave as zeros. One set
             serves all launches of a stream or of a CUDA graph, which would otherwise zero one for every launch. With it
-            the call is no op of ``torch.library``.
+            or with scales the call is no op of ``torch.library``.
     """
     check_inputs(q_sparse, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
     maps = {"value_map": value_map, "window_offset": window_offset, "window_start": window_start}
-    problem = _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map)
+    scaled = scales is not None, window_scales is not None
+    problem = _sparse_problem(
+        q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map, scaled
+    )
     if problem is None and window_offset is None and k_window.shape[2] < window:
         problem = f"a ring of {k_window.shape[2]} slots does not hold a window of {window}"
     tensors = (q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate_logit)
     every = (*tensors, *maps.values())
     chosen = choose("sparse_decode", every, implementation, problem)
     if chosen == "reference" or q.shape[2] != 1 or wants_gradient(every):
-        return reference.sparse_decode(*tensors, **settings, **maps)
+        return reference.sparse_decode(
+            *tensors, **settings, **maps, scales=scales, window_scales=window_scales
+        )
     gate = gate_logit.to(q.device).expand(q.shape[:3])
-    if counter is not None:
-        return _launch(*tensors[:-1], gate, *maps.values(), block_size, window, scale, counter)
+    if counter is not None or any(scaled):
+        every = (*tensors[:-1], gate, *maps.values())
+        return _launch(*every, block_size, window, scale, counter, scales, window_scales)
     return _sparse_decode(*tensors[:-1], gate, *maps.values(), block_size, window, scale)
 
 
@@ -143,7 +156,7 @@ def _sparse_decode(
 
 def _launch(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, value_map, window_offset, window_start,
-    block_size, window, scale, counter,
+    block_size, window, scale, counter, scales=None, window_scales=None,
 ):  # fmt: skip
     from . import sparse
 
@@ -158,8 +171,16 @@ def _launch(
                 window_offset=window_offset.contiguous() if whole else None,
                 window_start=window_start.contiguous() if whole else None,
                 block_size=block_size, window=window, scale=scale, counter=counter,
+                scales=_checked(k, scales), window_scales=_checked(k_window, window_scales),
             )  # fmt: skip
     return out
+
+
+def _checked(k, scales):
+    if scales is None:
+        return None
+    check_scales(k, scales)
+    return [scale.contiguous() for scale in scales]
 
 
 @_sparse_decode.register_fake
@@ -167,7 +188,7 @@ def _(q, *rest):
     return q.new_empty(q.shape)
 
 
-def _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map):
+def _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, window, value_map, scaled):
     if q.shape != q_sparse.shape or k_window.shape[:2] != k.shape[:2] or k_window.shape[3] != k.shape[3]:
         return (
             f"q {tuple(q.shape)} and q_sparse {tuple(q_sparse.shape)}, or k_window {tuple(k_window.shape)} and "
@@ -176,5 +197,7 @@ def _sparse_problem(q, k_window, v_window, q_sparse, k, v, indices, block_size, 
     if value_map is not None and value_map.shape != (q.shape[1], q.shape[3], q.shape[3]):
         return f"value_map must be [H,d,d], got {tuple(value_map.shape)}"
     topk = indices.shape[3]
-    sparse = attention_problem(q_sparse, k, v, block_size=block_size, window=window, topk=topk)
-    return sparse or attention_problem(q, k_window, v_window, window=window)
+    sparse = attention_problem(
+        q_sparse, k, v, block_size=block_size, window=window, topk=topk, scaled=scaled[0]
+    )
+    return sparse or attention_problem(q, k_window, v_window, window=window, scaled=scaled[1])

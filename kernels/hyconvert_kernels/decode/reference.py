@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..fp8 import Scales, plain_rows
 from ..merge.reference import merge_branches
 from ..oracle.reference import oracle_attention_topk
 from ..sparse.reference import block_sparse_attention
@@ -22,10 +23,15 @@ def oracle_decode(
     window: int,
     topk: int,
     scale: float,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`oracle_attention_topk` for one query per row (``T = 1``)."""
+    """`oracle_attention_topk` for one query per row (``T = 1``).
+
+    With ``scales`` of keys and values, float32 ``[B,G,S]`` each, k and v are what `fp8.quantise_rows` makes.
+    """
     if q.shape[2] != 1:
         raise ValueError(f"decode takes one query per row, got T={q.shape[2]}")
+    k, v = plain_rows(q, k, v, scales)
     return oracle_attention_topk(
         q, k, v, q_offset, start, block_size=block_size, window=window, topk=topk, scale=scale
     )
@@ -49,6 +55,8 @@ def sparse_decode(
     value_map: Tensor | None = None,
     window_offset: Tensor | None = None,
     window_start: Tensor | None = None,
+    scales: Scales | None = None,
+    window_scales: Scales | None = None,
 ) -> Tensor:
     """A sparse layer's attention for one query per row: window branch, sparse branch and merge.
 
@@ -64,12 +72,16 @@ def sparse_decode(
         value_map: ``[H,d,d]`` or None; the sparse output becomes ``value_map[h] @ out_s``.
         window_offset, window_start: int ``[B]`` and ``[B,1]`` when k_window is no ring: the query's slot and its first
             visible slot, counted from k_window's first slot.
+        scales, window_scales: float32 ``[B,G,S]`` and ``[B,G,W]`` of keys and of values, where k and v, or k_window and
+            v_window, are what `fp8.quantise_rows` makes; else None.
 
     Returns:
         ``[B,H,1,d]`` in q's dtype.
     """
     if q.shape[2] != 1:
         raise ValueError(f"decode takes one query per row, got T={q.shape[2]}")
+    k, v = plain_rows(q, k, v, scales)
+    k_window, v_window = plain_rows(q, k_window, v_window, window_scales)
     if window_offset is None:
         _, k_window, v_window, window_offset, window_start = in_order(q, k_window, v_window, q_offset, start)
     out_w, lse_w = window_attention(

@@ -11,19 +11,28 @@ import triton
 import triton.language as tl
 
 from ..configs import Tile, map_by_dots, processors, sparse_decode_tile, strides
-from ..tiles import LN2, finish, load_rows, softmax_step, store_rows
+from ..tiles import FP8_LARGEST, LN2, finish, load_rows, softmax_step, store_rows
+from .full import scale_arguments
 
 
 @triton.jit
 def _attend(
     q, k_base, v_base, k_stride, v_stride, keys, ok, acc, top, total, scale_log2,
-    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PREC: tl.constexpr, k_scale=None, v_scale=None,
 ):  # fmt: skip
     k = load_rows(k_base, keys.to(tl.int64) * k_stride, ok, D, DP)
     v = load_rows(v_base, keys.to(tl.int64) * v_stride, ok, D, DP)
+    if k_scale is not None:
+        k, v = k.to(q.dtype), v.to(q.dtype)
     logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
+    if k_scale is not None:
+        logits *= tl.load(k_scale + keys, mask=ok, other=0.0)[None, :]
     logits = tl.where(ok[None, :], logits, float("-inf"))
-    return softmax_step(logits, v, acc, top, total, True, PREC)
+    if v_scale is not None:
+        values = tl.load(v_scale + keys, mask=ok, other=0.0) * FP8_LARGEST
+        return softmax_step(logits, v, acc, top, total, True, PREC, values)
+    else:
+        return softmax_step(logits, v, acc, top, total, True, PREC)
 
 
 @triton.jit
@@ -65,6 +74,7 @@ def _sparse_decode(
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, RING: tl.constexpr,
     MAPPED: tl.constexpr, MAP_STAGES: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    K_SCALE=None, V_SCALE=None, SLOTS=None, W_K_SCALE=None, W_V_SCALE=None,
 ):  # fmt: skip
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -91,7 +101,11 @@ def _sparse_decode(
             acc, top, total = _attend(
                 q, KW + row64 * swkb + group64 * swkg, VW + row64 * swvb + group64 * swvg, swks, swvs, keys, ok,
                 acc, top, total, scale_log2, D, DP, PREC,
+                W_K_SCALE + line.to(tl.int64) * ring if W_K_SCALE is not None else None,
+                W_V_SCALE + line.to(tl.int64) * ring if W_V_SCALE is not None else None,
             )  # fmt: skip
+        if W_V_SCALE is not None:
+            acc = acc * (1.0 / FP8_LARGEST)
     elif S_SPLITS > 0:
         q = load_rows(QS + row64 * spb, head * sph, row_ok, D, DP)
         parts: tl.constexpr = S_SPLITS if S_SPLITS > 0 else 1
@@ -104,7 +118,11 @@ def _sparse_decode(
             acc, top, total = _attend(
                 q, K + row64 * skb + group64 * skg, V + row64 * svb + group64 * svg, sks, svs, keys,
                 (block >= 0) & (keys <= slot - window), acc, top, total, scale_log2, D, DP, PREC,
+                K_SCALE + line.to(tl.int64) * SLOTS if K_SCALE is not None else None,
+                V_SCALE + line.to(tl.int64) * SLOTS if V_SCALE is not None else None,
             )  # fmt: skip
+        if V_SCALE is not None:
+            acc = acc * (1.0 / FP8_LARGEST)
     out, lse = finish(acc, top, total)
     splits: tl.constexpr = W_SPLITS + S_SPLITS
     base = line.to(tl.int64) * splits * RP
@@ -160,14 +178,14 @@ def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
 
 def sparse_decode(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, out, *, block_size, window, scale,
-    value_map=None, window_offset=None, window_start=None, counter=None, tile: Tile | None = None, splits=None,
-    by_dots=None,
+    value_map=None, window_offset=None, window_start=None, scales=None, window_scales=None, counter=None,
+    tile: Tile | None = None, splits=None, by_dots=None,
 ):  # fmt: skip
     """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous.
 
-    Without ``indices`` there is the window branch alone. ``counter`` int32 ``[B G]``, or longer, is zeros that launches
-    on one stream may share; each leaves them zeros. ``by_dots`` says how the value map is applied, by default as
-    `map_by_dots` has it.
+    Without ``indices`` there is the window branch alone. ``scales`` and ``window_scales`` are contiguous. ``counter``
+    int32 ``[B G]``, or longer, is zeros that launches on one stream may share; each leaves them zeros. ``by_dots`` says
+    how the value map is applied, by default as `map_by_dots` has it.
     """
     batch, heads, _, dim = q.shape
     groups = k_window.shape[1]
@@ -202,6 +220,7 @@ def sparse_decode(
     if by_dots is None:
         by_dots = map_by_dots(q.dtype, dim, lines * count, q.device)
     mapped = 0 if value_map is None else 2 if by_dots else 1
+    window_arguments = dict(zip(("W_K_SCALE", "W_V_SCALE"), window_scales or (None, None), strict=True))
     _sparse_decode[(count, lines)](
         q, k_window, v_window, q_sparse, k, v, indices, gate, value_map if value_map is not None else q, out,
         part, part_lse, counter, q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
@@ -212,5 +231,5 @@ def sparse_decode(
         W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, MAPPED=mapped,
         MAP_STAGES=3,
         CHUNK=max(1, min(triton.next_power_of_2(max(splits)), 4096 // (padded_ratio * padded))), PREC=tile.precision,
-        STAGES=tile.stages, **tile.launch(),
+        STAGES=tile.stages, **scale_arguments(scales), **window_arguments, **tile.launch(),
     )  # fmt: skip

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..coordinates import check_inputs
 from ..dispatch import attention_problem, choose, dense_rows, on_device
+from ..fp8 import Scales, check_scales
 from ..registration import attention_backward, attention_grads, attention_outputs
 from . import reference
 
@@ -25,15 +26,20 @@ def oracle_attention(
     window: int,
     scale: float,
     with_scores: bool = True,
+    scales: Scales | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See `reference.oracle_attention`."""
+    """See `reference.oracle_attention`. The kernels take ``scales`` for one query per row without scores."""
     check_inputs(q, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
-    problem = attention_problem(q, k, v, block_size=block_size, window=window)
+    problem = attention_problem(q, k, v, block_size=block_size, window=window, scaled=scales is not None)
+    if scales is not None and (q.shape[2] != 1 or with_scores):
+        problem = problem or "keys with scales, and several queries per row or scores"
     tensors = (q, k, v, q_offset, start)
     if choose("oracle_attention", tensors, implementation, problem) == "reference":
-        return reference.oracle_attention(*tensors, with_scores=with_scores, **settings)
+        return reference.oracle_attention(*tensors, with_scores=with_scores, scales=scales, **settings)
+    if scales is not None:
+        return decode_scaled(*tensors, scales, topk=None, **settings)
     out, lse, scores = _oracle(*tensors, block_size, window, with_scores, scale)
     return out, lse, scores if with_scores else None
 
@@ -60,6 +66,25 @@ def oracle_attention_topk(
             *tensors, block_size=block_size, window=window, topk=topk, scale=scale
         )
     return oracle_topk(*tensors, block_size, window, topk, scale)
+
+
+def decode_scaled(q, k, v, q_offset, start, scales, *, topk, **settings):
+    """`oracle_decode` on checked inputs whose keys and values have scales, by the kernels; without top-k no selection.
+
+    No op of ``torch.library``, and without a gradient: it is for the decode loop's caches.
+    """
+    from ..decode import full
+
+    check_scales(k, scales)
+    out, lse = attention_outputs(q)
+    indices = None if topk is None else q.new_empty(*q.shape[:1], k.shape[1], 1, topk, dtype=torch.int32)
+    if out.numel():
+        with on_device(q):
+            full.oracle_decode(
+                dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, lse,
+                indices, scales=[scale.contiguous() for scale in scales], **settings,
+            )  # fmt: skip
+    return out, lse, indices
 
 
 @torch.library.custom_op("hyconvert::oracle_attention", mutates_args=())

@@ -14,6 +14,7 @@ from ..coordinates import (
     run_chunk,
     visible_only,
 )
+from ..fp8 import Scales, plain_rows
 from ..topk.reference import block_topk
 
 
@@ -28,6 +29,7 @@ def oracle_attention(
     window: int,
     scale: float,
     with_scores: bool = True,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Causal softmax attention that also says how much each key block outside the window mattered.
 
@@ -44,6 +46,7 @@ def oracle_attention(
         window: keys, the query's own included, that the window branch covers.
         scale: factor of the logits.
         with_scores: skip the scores when False.
+        scales: float32 ``[B,G,S]`` of keys and of values, where k and v are what `fp8.quantise_rows` makes.
 
     Returns:
         ``out [B,H,T,d]`` in q's dtype, ``lse [B,H,T]`` (float32; float64 for float64 inputs) and
@@ -53,6 +56,7 @@ def oracle_attention(
     Raises:
         ValueError: shapes do not fit.
     """
+    k, v = plain_rows(q, k, v, scales)
     out, lse, scores, _ = _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, 0)
     return out, lse, scores
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..configs import strides
+from ..tiles import FP8_LARGEST, FP8_SMALLEST
 
 
 @triton.jit
@@ -69,12 +70,22 @@ def _store_halves(base, x1, x2, c, mask, HALF: tl.constexpr):
 
 
 @triton.jit
+def _store_scaled(base, scales, x1, x2, c, ok, mask, TYPE: tl.constexpr, HALF: tl.constexpr):
+    """Store rows over their scales, and the scales; rows are rounded to the cache's wider type ``TYPE`` before."""
+    x1, x2 = x1.to(TYPE).to(tl.float32), x2.to(TYPE).to(tl.float32)
+    top = tl.maximum(tl.max(tl.abs(x1), 1), tl.max(tl.abs(x2), 1))
+    scale = tl.maximum(top, FP8_SMALLEST) / FP8_LARGEST
+    tl.store(scales, scale, mask=ok)
+    _store_halves(base, x1 / scale[:, None], x2 / scale[:, None], c, mask, HALF)
+
+
+@triton.jit
 def _split_heads(
     X, COS, SIN, Q_NORM, K_NORM, MAP, Q, QS, K_OUT, V_OUT, OFFSET, START, eps, sxb, sxt, skb, skg, sks, svb, svg, svs,
     T, rows, S,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr,
     MAPPED: tl.constexpr, SPARSE: tl.constexpr, ROTATE: tl.constexpr, ROTATE_S: tl.constexpr, RING: tl.constexpr,
-    PREC: tl.constexpr,
+    PREC: tl.constexpr, K_SCALE=None, V_SCALE=None,
 ):  # fmt: skip
     half: tl.constexpr = D // 2
     head = tl.program_id(1).to(tl.int64)
@@ -90,7 +101,12 @@ def _split_heads(
     raw2 = tl.load(source + half, mask=mask, other=0.0)
     place = slot % S if RING else slot
     if head >= H + G:
-        _store_halves(V_OUT + b * svb + (head - H - G) * svg + place * svs, raw1, raw2, c, mask, half)
+        values = V_OUT + b * svb + (head - H - G) * svg + place * svs
+        if V_SCALE is not None:
+            scales = V_SCALE + (b * G + head - H - G) * S + place
+            _store_scaled(values, scales, raw1, raw2, c, ok, mask, X.dtype.element_ty, half)
+        else:
+            _store_halves(values, raw1, raw2, c, mask, half)
     else:
         at = tl.maximum(slot - tl.load(START + b, mask=ok, other=0).to(tl.int64), 0)
         table = at[:, None] * half + c[None, :]
@@ -101,7 +117,12 @@ def _split_heads(
             if NORM:
                 x1, x2 = _normed(x1, x2, K_NORM, c, inside, eps, D)
             base = K_OUT + b * skb + (head - H) * skg + place * sks
-            if ROTATE:
+            if K_SCALE is not None:
+                scales = K_SCALE + (b * G + head - H) * S + place
+                if ROTATE:
+                    x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+                _store_scaled(base, scales, x1, x2, c, ok, mask, X.dtype.element_ty, half)
+            elif ROTATE:
                 _store_halves(base, x1 * cos - x2 * sin, x2 * cos + x1 * sin, c, mask, half)
             else:
                 _store_halves(base, x1, x2, c, mask, half)
@@ -152,9 +173,9 @@ def silu_mul(x, out):
 
 def split_heads(
     x, q_offset, start, k_out, v_out, q, q_sparse, *, cos, sin, q_norm, k_norm, eps, query_map, rotate, rotate_source,
-    ring,
+    ring, scales=None,
 ):  # fmt: skip
-    """Fill contiguous ``q`` and, unless it is None, ``q_sparse``; and slots of ``k_out`` and ``v_out``."""
+    """Fill contiguous ``q`` and, unless it is None, ``q_sparse``; slots of ``k_out`` and ``v_out``, their scales."""
     batch, heads, length, dim = q.shape
     groups = k_out.shape[1]
     rows = batch * length
@@ -168,5 +189,5 @@ def split_heads(
         length, rows, k_out.shape[2],
         H=heads, G=groups, D=dim, DH=max(16, triton.next_power_of_2(dim // 2)), BR=tile, NORM=q_norm is not None,
         MAPPED=mapped, SPARSE=q_sparse is not None, ROTATE=rotate, ROTATE_S=rotate_source, RING=ring, PREC="ieee",
-        num_warps=4,
+        K_SCALE=None if scales is None else scales[0], V_SCALE=None if scales is None else scales[1], num_warps=4,
     )  # fmt: skip

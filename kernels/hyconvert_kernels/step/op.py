@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..configs import MATVEC_ROWS
 from ..dispatch import DTYPES, choose, on_device
+from ..fp8 import FP8, check_scales, fp8_problem
 from . import reference
 
 
@@ -99,6 +100,11 @@ def split_heads(
         raise ValueError(f"a ring of {k_out.shape[2]} slots cannot take {x.shape[1]} tokens at once")
     flags = {"query_map": query_map, "rotate": rotate, "rotate_source": rotate_source}
     tensors = (x, q_offset, start, k_out, v_out)
+    if settings.get("scales") is not None:
+        check_scales(k_out, settings["scales"])
+        if not all(scale.is_contiguous() for scale in settings["scales"]):
+            raise ValueError("scales that are written must be contiguous")
+        problem = problem or (fp8_problem(k_out.device) if k_out.dtype == FP8 else None)
     if choose("split_heads", (*tensors, query_map), implementation, problem) == "reference":
         return reference.split_heads(*tensors, heads=heads, **flags, **settings)
     from . import forward

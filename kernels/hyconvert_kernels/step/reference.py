@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..fp8 import Scales, check_scales, quantise_rows
+
 
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, after: bool = False
@@ -69,6 +71,7 @@ def split_heads(
     rotate: bool = True,
     rotate_source: bool = True,
     ring: bool = False,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """From the fused projection to queries, and keys and values in their cache: norms, query map and RoPE.
 
@@ -86,6 +89,8 @@ def split_heads(
         rotate: apply RoPE to queries and keys.
         rotate_source: apply RoPE to the query of the sparse branch.
         ring: see ``k_out``.
+        scales: float32 ``[B,G,S]`` of keys and of values, which receive what `fp8.quantise_rows` finds; k_out and v_out
+            receive its numbers. None stores keys and values as they are.
 
     Returns:
         The query ``[B,H,T,d]``, and the query of the sparse branch, None where it is the same.
@@ -100,9 +105,9 @@ def split_heads(
     slot = q_offset[:, None] + torch.arange(length, device=x.device)
     at = (slot - start[:, None]).clamp(min=0)
     place = (slot % slots if ring else slot)[:, None, :, None].expand(-1, groups, -1, dim)
-    k_out.scatter_(2, place, _rotate(k, cos[at], sin[at]) if rotate else k)
+    _put(k_out, place, _rotate(k, cos[at], sin[at]) if rotate else k, None if scales is None else scales[0])
     if v_out is not None:
-        v_out.scatter_(2, place, v)
+        _put(v_out, place, v, None if scales is None else scales[1])
     plain, q = q, _rotate(q, cos[at], sin[at]) if rotate else q
     if query_map is None and rotate == rotate_source:
         return q.contiguous(), None
@@ -110,6 +115,18 @@ def split_heads(
         plain = torch.einsum("bhtd,hed->bhte", plain, query_map)
     sparse = _rotate(plain, cos[at], sin[at]) if rotate_source else plain
     return q.contiguous(), sparse.contiguous()
+
+
+def _put(out: Tensor, place: Tensor, x: Tensor, scale: Tensor | None) -> None:
+    if scale is None:
+        out.scatter_(2, place, x)
+        return
+    check_scales(out, (scale, scale))
+    stored, found = quantise_rows(x, out.dtype)
+    scale.scatter_(2, place[..., 0], found)
+    if out.dtype.itemsize == 1:  # PyTorch scatters bytes, but no float8
+        out, stored = out.view(torch.uint8), stored.view(torch.uint8)
+    out.scatter_(2, place, stored)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
