@@ -88,6 +88,7 @@ class Decoder:
         groups = self.network.blocks[0].groups
         self._counter = torch.zeros(batch * groups, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_logits: Tensor | None = None
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -164,8 +165,10 @@ class Decoder:
             )
         if self.graphed and self._graph is None:
             self._capture()
+            self._graph_logits = self.logits
         if self._graph is not None:
             self._graph.replay()
+            self.logits = self._graph_logits  # a prompt read since the capture has left its own there
         else:
             self._step()
         self.length += 1

@@ -209,3 +209,38 @@ def test_random_contexts_decode() -> None:
     for _ in range(10):
         decoder.step()
     assert decoder.length == 40 and int(decoder.at) == 10 and decoder.caches.keys[0].isfinite().all()
+
+
+class Recorded:
+    """Stands in for a CUDA graph: a replay is a step that writes its logits over those of the capture."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.logits = torch.zeros(decoder.batch, decoder.network.embedding.shape[0])
+
+    def replay(self) -> None:
+        outside = self.decoder.logits
+        self.decoder._step()
+        self.logits.copy_(self.decoder.logits)
+        self.decoder.logits = outside
+
+
+def test_a_fed_token_gives_its_own_logits_from_a_graph_after_a_second_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def capture(decoder: Decoder) -> None:
+        decoder._graph = Recorded(decoder)  # type: ignore[assignment]
+        decoder.logits = decoder._graph.logits  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    model = mixed_model()
+    plain, graphed = (
+        Decoder(model, batch=1, max_length=PROMPT + NEW, graph=graph) for graph in (False, True)
+    )
+    for seed, length in ((0, PROMPT), (1, 9)):
+        ids = tokens(1, length, seed=seed)
+        for decoder in (plain, graphed):
+            decoder.prefill(ids)
+        for at in range(3):
+            fed = tokens(1, 1, seed=at)[0]
+            assert torch.equal(graphed.feed(fed), plain.feed(fed)), (length, at)
