@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.healing import steady
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("one", "ddp", "fsdp", "kill", "qwen")
 TOLERANCE = 0.01
@@ -281,12 +283,6 @@ def worker(pid: int, rank: int) -> int | None:
         except OSError:
             continue
     return None
-
-
-def steady(curve: list[dict[str, Any]]) -> int:
-    """Median tokens per second of the second half of a run."""
-    half = sorted(row["tokens_per_second"] for row in curve[len(curve) // 2 :])
-    return round(half[len(half) // 2])
 
 
 def difference(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
@@ -547,9 +543,8 @@ def main() -> int:
                         kill(lab) if part == "kill" else qwen(lab, building) if part == "qwen" else straight(lab, part)
                     )  # fmt: skip
                     lab.save(part, row)
-                    if '"within_tolerance": false' in json.dumps(row) or '"went_on": false' in json.dumps(
-                        row
-                    ):
+                    text = json.dumps(row)
+                    if '"within_tolerance": false' in text or '"went_on": false' in text:
                         bad.append(part)
                 except Exception as error:
                     before = lab.rows.get(part, {}) if part == "kill" else {}

@@ -113,6 +113,11 @@ class Stage(_Frozen):
         """Optimiser steps, at least one."""
         return max(1, self.tokens // (self.rows * self.sequence_length))
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of all steps: `tokens`, but for what does not fill one."""
+        return self.steps * self.rows * self.sequence_length
+
 
 class Lora(_Frozen):
     """Low-rank adapters in place of training the base's matrices; merged when the model is saved."""
@@ -192,6 +197,13 @@ class HealRecipe(_Frozen):
             if stage is not None:
                 yield name, stage
 
+    def placed_stages(self) -> Iterator[tuple[StageName, Stage, int]]:
+        """The stages, each with the row, of its own length, at which it begins to read the text."""
+        used = 0
+        for name, stage in self.stages():
+            yield name, stage, used // stage.sequence_length
+            used += stage.tokens_read
+
     @property
     def steps(self) -> int:
         """Optimiser steps of all stages."""
@@ -200,7 +212,7 @@ class HealRecipe(_Frozen):
     @property
     def tokens(self) -> int:
         """Tokens that all stages train on."""
-        return sum(stage.steps * stage.rows * stage.sequence_length for _, stage in self.stages())
+        return sum(stage.tokens_read for _, stage in self.stages())
 
 
 class CalibrationRecipe(_Frozen):

@@ -282,14 +282,11 @@ class Engine:
 
 
 def _plan_runs(recipe: HealRecipe, available: int) -> Any:
-    step = tokens = 0
-    for name, stage in recipe.stages():
-        length = stage.sequence_length
-        first = tokens // length
-        order = row_order(available // length, stage.steps * stage.rows, first, recipe.seed + step)
-        yield _Run(name, stage, step, order)
+    step = 0
+    for name, stage, first in recipe.placed_stages():
+        available_rows, wanted = available // stage.sequence_length, stage.steps * stage.rows
+        yield _Run(name, stage, step, row_order(available_rows, wanted, first, recipe.seed + step))
         step += stage.steps
-        tokens += stage.steps * stage.rows * length
 
 
 def _schedule(step: int, stage: Stage) -> float:

@@ -79,11 +79,12 @@ def run_recipe(
         raise HealError(
             f"the recipe has no {missing if recipe.convert is None else 'base; name one with --base'}"
         )
-    options: dict[str, Any] = {"device": device, "force": force, "command": command, "progress": progress}
+    options: dict[str, Any] = {"device": device, "command": command, "progress": progress}
     return convert_and_heal(
-        lambda folder: convert_by(recipe, name, folder, **options),
+        lambda folder: convert_by(recipe, name, folder, force=force, **options),
         recipe.heal,
         out,
+        force=force,
         restart=restart,
         **options,
     )
@@ -94,11 +95,9 @@ def convert_and_heal(
     recipe: HealRecipe,
     out: Path,
     *,
-    device: str = "auto",
     force: bool = False,
-    restart: bool = False,
-    command: str | None = None,
     progress: Progress = silent,
+    **options: Any,
 ) -> HealReport:
     """Convert and heal. A conversion that is there already, under `<out>-converted`, is used again.
 
@@ -106,11 +105,9 @@ def convert_and_heal(
         convert_to: converts into the folder that it is given.
         recipe: how to heal.
         out: the folder to write the healed model to.
-        device: where.
         force: replace an existing `out`, and convert again.
-        restart: forget what an unfinished run has done.
-        command: the command line to put into the model card.
         progress: told about each stage.
+        **options: `device`, `restart` and `command` of `heal`.
 
     Raises:
         HyconvertError: something cannot be used.
@@ -119,25 +116,15 @@ def convert_and_heal(
         raise HealError(
             "converting is for one process; launch `hyconvert heal --recipe` on the converted model instead"
         )
-    StagedFolder(
-        out, force=force, base=None, expected_bytes=None
-    ).discard()  # refused now rather than at the end
+    # Refused now rather than at the end.
+    StagedFolder(out, force=force, base=None, expected_bytes=None).discard()
     converted = converted_folder(out)
     if force or not (converted / "config.json").is_file():
         convert_to(converted)
     else:
         with progress(f"{converted} is there already and used again", total=1) as step:
             step()
-    return heal(
-        converted,
-        out,
-        recipe,
-        device=device,
-        force=force,
-        restart=restart,
-        command=command,
-        progress=progress,
-    )
+    return heal(converted, out, recipe, force=force, progress=progress, **options)
 
 
 def converted_folder(out: Path) -> Path:

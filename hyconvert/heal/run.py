@@ -193,7 +193,7 @@ def _text(
                     seed=recipe.seed,
                 )
                 if recipe.data.retrieval:
-                    stages = [stage for _, stage in recipe.stages()]
+                    stages = [(stage, first) for _, stage, first in recipe.placed_stages()]
                     train = with_retrieval(train, tokenizer, recipe.data.retrieval, stages, recipe.seed)
                 step(f"{len(train):,} tokens to train on, {len(held):,} held out")
             with explained_os_errors(work):

@@ -162,7 +162,7 @@ def build_streams(
 
 
 def with_retrieval(
-    stream: TokenStream, tokenizer: Any, share: float, stages: Iterable[Stage], seed: int = 0
+    stream: TokenStream, tokenizer: Any, share: float, stages: Iterable[tuple[Stage, int]], seed: int = 0
 ) -> TokenStream:
     """A stream some of whose rows are retrieval prompts: their text as one document, with facts, questions and repeats.
 
@@ -172,14 +172,12 @@ def with_retrieval(
         stream: text of which every token is trained on.
         tokenizer: a transformers tokenizer.
         share: of the rows that become prompts, spread evenly; rows too short for one stay as they are.
-        stages: that read the stream one after the other, each in rows of its own length.
+        stages: that read the stream one after the other, and the row, of its own length, at which each begins.
         seed: of the prompts.
     """
     tokens, flags = stream.tokens.copy(), stream.flags.copy()
-    used = 0
-    for stage in stages:
-        length, first = stage.sequence_length, used // stage.sequence_length
-        used += stage.steps * stage.rows * length
+    for stage, first in stages:
+        length = stage.sequence_length
         rows = min(first + stage.steps * stage.rows, len(tokens) // length) - first
         if rows < 1:
             break

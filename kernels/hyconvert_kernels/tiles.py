@@ -8,11 +8,13 @@ power of two (the spare rows are idle). Logits are kept in log2 units (``exp2`` 
 import triton
 import triton.language as tl
 
+from .fp8 import LARGEST, SMALLEST
+
 FAR: tl.constexpr = tl.constexpr(2147483647)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-FP8_LARGEST: tl.constexpr = tl.constexpr(448.0)
-FP8_SMALLEST: tl.constexpr = tl.constexpr(1e-30)
+FP8_LARGEST: tl.constexpr = tl.constexpr(LARGEST)
+FP8_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
 
 
 @triton.jit

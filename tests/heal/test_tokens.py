@@ -140,8 +140,8 @@ def test_some_rows_become_retrieval_prompts(word_list: list[str], tiny_tokenizer
     texts = [" ".join(word_list * 4)] * 400
     train, _ = build_streams(texts, tiny_tokenizer, tokens=16 * 2048, heldout=2048, length=2048)
     stages = [
-        Stage(tokens=16384, sequence_length=2048, batch_tokens=2048),
-        Stage(tokens=16384, sequence_length=4096, batch_tokens=4096),
+        (Stage(tokens=16384, sequence_length=2048, batch_tokens=2048), 0),
+        (Stage(tokens=16384, sequence_length=4096, batch_tokens=4096), 4),
     ]
     mixed = with_retrieval(train, tiny_tokenizer, 0.5, stages)
     changed = (mixed.tokens != train.tokens).reshape(-1, 2048).any(1).nonzero()[0].tolist()
