@@ -43,7 +43,7 @@ demo: $(VENV)/.ready $(MODEL) ## convert a real model and compare it with its ba
 	$(BIN)/python -m hyconvert.demo $(MODEL)
 
 test: $(VENV)/.ready-dev $(MODEL) ## run the whole test suite
-	HYCONVERT_SMOLLM2=$(MODEL) $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HYCONVERT_SMOLLM2=$(MODEL) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready-dev ## check style and formatting
 	$(BIN)/ruff check .
