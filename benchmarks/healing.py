@@ -14,9 +14,10 @@ import argparse
 import itertools
 import json
 import random
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,26 @@ def documents(path: str, only: str | None) -> Iterator[str]:
     yield from (row["text"] for row in _json_lines([Path(path)]) if row["source"].startswith(only))
 
 
-def heldout_names(path: str) -> list[str | None]:
-    """First parts of the sources of JSON lines, or None for any other text."""
+def texts_by_kind(path: str) -> dict[str, Iterable[str]]:
+    """Documents of JSON lines by the first part of their source, technical before books; any other text is one kind."""
     from hyconvert.data import _json_lines
 
     if ".jsonl" not in path:
-        return [None]
-    rows = _json_lines([Path(path)])
-    names: list[str | None] = sorted({row["source"].split("/")[0] for row in rows if "source" in row})
-    return names or [None]
+        return {"text": read_texts(path)}
+    kinds: dict[str, list[str]] = {}
+    for row in _json_lines([Path(path)]):
+        kinds.setdefault(row.get("source", "text").split("/")[0], []).append(row["text"])
+    return {kind: kinds[kind] for kind in sorted(kinds, reverse=True)}
+
+
+def shares(available: dict[str, int], wanted: int) -> dict[str, int]:
+    """How many rows to take of each kind: evenly, and what a short kind lacks from the others."""
+    taken = {}
+    shortest_first = sorted(available, key=lambda kind: available[kind])
+    for left, kind in zip(range(len(available), 0, -1), shortest_first, strict=True):
+        taken[kind] = min(available[kind], wanted // left)
+        wanted -= taken[kind]
+    return {kind: taken[kind] for kind in available}
 
 
 class Held:
@@ -148,8 +160,9 @@ class Held:
 
     Attributes:
         rows: [N, T] tokens by kind of text, for perplexity.
-        prompts: retrieval over text of the first kind that is not in `rows`: needles among decoys at four depths, two
-            values of one key, and copying.
+        prompts: retrieval over text that is not in `rows`, each stretch of it in one prompt: needles among decoys at
+            four depths, two values of one key, and copying.
+        prompt_text: how many of the prompts are over each kind of text.
         base: the base's score of every answer, once it was measured.
     """
 
@@ -159,15 +172,24 @@ class Held:
         self.base: list[Score] = []
         tokenizer = open_source(options.model).load_tokenizer()
         wanted = max(1, options.eval_tokens // options.length)
-        for name in reversed(heldout_names(options.heldout)):  # technical text first
-            texts = documents(options.heldout, name)
-            extra = options.prompts if self.prompts is None else 0
+        spare: dict[str, torch.Tensor] = {}
+        for kind, texts in texts_by_kind(options.heldout).items():
             rows = token_blocks(
-                texts, tokenizer, sequences=wanted + extra, length=options.length, name=str(name)
+                texts, tokenizer, sequences=wanted + options.prompts, length=options.length, name=kind
             )
-            self.rows[str(name)] = rows[:wanted]
-            if extra and len(rows) > wanted:
-                self.prompts = make_prompts(rows[wanted:], tokenizer, depths=DEPTHS, seed=1)
+            self.rows[kind], spare[kind] = rows[:wanted], rows[wanted:]
+        self.prompt_text = shares({kind: len(rows) for kind, rows in spare.items()}, options.prompts)
+        found = sum(self.prompt_text.values())
+        if found < options.prompts:
+            print(
+                f"warning: {options.heldout} holds text for {found} of {options.prompts} prompts of {options.length} "
+                f"tokens beside the {wanted} rows of each kind for perplexity: {self.prompt_text}; give more text, or "
+                "fewer --eval-tokens",
+                file=sys.stderr,
+            )
+        if found:
+            text = torch.cat([spare[kind][:count] for kind, count in self.prompt_text.items()])
+            self.prompts = make_prompts(text, tokenizer, depths=DEPTHS, seed=1)
 
 
 @torch.no_grad()
@@ -199,7 +221,7 @@ def measured(model: Any, held: Held) -> dict[str, Any]:
         }
         quality[task] = {"nll": round(score.nll, 4), "exact": round(score.exact, 4), "answers": len(mine)}
         quality[task] |= rises
-    quality["prompts"] = len(prompts.tokens)
+    quality |= {"prompts": len(prompts.tokens), "prompt_text": held.prompt_text}
     return quality
 
 
