@@ -5,7 +5,8 @@
 Every variant is converted, healed on the same tokens in the same order, and measured on held-out text beside the base.
 `--plans benchmarks/results/planning.json --full 7` takes the plans of `benchmarks.planning` as variants. `base`
 fine-tunes the base itself (cross-entropy, the base's own Transformers class with its fastest attention) in the same
-loop with the same settings, for its tokens per second. Rows are printed and saved as they come.
+loop with the same settings, for its tokens per second. Rows are printed and saved as they come; with `--append` several
+runs, also at the same time, share one file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import sys
 import tempfile
@@ -27,11 +29,13 @@ from hyconvert.checkpoint import open_source
 from hyconvert.conversion import Calibration, convert, dense_plan, load_base_as
 from hyconvert.data import read_texts, token_blocks
 from hyconvert.evaluate import device_name, perplexity, pick_device
+from hyconvert.evaluation.output import write_file
 from hyconvert.heal import heal
 from hyconvert.heal.engine import Engine
 from hyconvert.heal.objective import Healing
 from hyconvert.heal.run import accelerator_of
 from hyconvert.heal.tokens import build_streams
+from hyconvert.kv import base_kv_bytes, kv_bytes
 from hyconvert.loading import load, quiet_loading
 from hyconvert.modeling import HyConvertConfig, family_of
 from hyconvert.plan import Plan, nearest_sources, parse_line, uniform_full_layers
@@ -41,6 +45,9 @@ from hyconvert.retrieval import Prompts, Score, by_task, make_prompts, score_ans
 
 FULL_LAYERS = "F*3 S2*4 F S7*8 F S16 F S18 F S20*9"
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
+KV_TOKENS = 32_768
+"""Cached tokens at which a row's `kv` says how many times smaller than the base's the KV cache is."""
+
 VARIANTS = ("plan", "unaligned", "uniform", "sigmoid", "window", "reuse", "base")
 
 
@@ -58,7 +65,9 @@ def main() -> None:
     parser.add_argument(
         "--plans", help="rows of `benchmarks.planning`, whose plans are variants in place of those"
     )
-    parser.add_argument("--full", type=int, nargs="+", help="full layers of the plans to take from there")
+    parser.add_argument(
+        "--full", type=int, nargs="+", help="full layers of the plans to take from there  [default: all]"
+    )
     parser.add_argument("--rules", nargs="+", help="their rules, such as 'uniform'  [default: all]")
     parser.add_argument("--tokens", type=parse_count, default=8_000_000)
     parser.add_argument("--length", type=int, default=4096, help="T")
@@ -76,14 +85,21 @@ def main() -> None:
     parser.add_argument("--keep", help="folder to keep the models in; a conversion found there is used again")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--out", default="benchmarks/results/healing.json")
+    parser.add_argument(
+        "--append",
+        action="store_true",
+        help="add to the rows in --out, in place of those of the same variant, tokens and rate",
+    )
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    maps = {f"{row['plan']}, {row['full']} full": row for row in planned(options)}
+    if options.plans and not maps:
+        parser.error(f"{options.plans} holds no plan of --full {options.full} and --rules {options.rules}")
+    keep_rows = options.append
     texts = list(documents(options.train, options.only))
     random.Random(options.seed).shuffle(texts)
     held = Held(options)
     base = base_quality(options, held)
     print(f"base: {base}", flush=True)
-    maps = {f"{row['plan']}, {row['full']} full": row["line"] for row in planned(options)}
     for variant, lr in itertools.product(maps or options.variants, options.lr):
         if lr is not None:
             options.set = [
@@ -95,8 +111,10 @@ def main() -> None:
         row = (
             finetune_base(options, texts)
             if variant == "base"
-            else heal_variant(options, variant, maps.get(variant), texts, held)
+            else heal_variant(options, variant, maps[variant]["line"] if maps else None, texts, held)
         )
+        if maps:
+            row["rule"] = maps[variant]["plan"]
         row |= {
             "base_perplexity": base,
             "device": device_name(pick_device("auto")),
@@ -104,11 +122,11 @@ def main() -> None:
         }
         if torch.cuda.is_available():
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        rows.append({"variant": variant} | row)
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+        row = {"variant": variant} | row
+        save(Path(options.out), row, keep_rows)
+        keep_rows = True
         print(
-            json.dumps({k: v for k, v in rows[-1].items() if k not in ("curve", "heldout", "recipe")}),
+            json.dumps({k: v for k, v in row.items() if k not in ("curve", "heldout", "recipe")}),
             flush=True,
         )
 
@@ -119,8 +137,31 @@ def planned(options: Any) -> list[dict[str, Any]]:
     return [
         row
         for row in rows
-        if row.get("full") in (options.full or ()) and row["plan"] in (options.rules or (row["plan"],))
+        if "line" in row
+        and row["full"] in (options.full or (row["full"],))
+        and row["plan"] in (options.rules or (row["plan"],))
     ]
+
+
+def save(path: Path, row: dict[str, Any], keep_rows: bool) -> None:
+    """Put a row into a results file in place of one of the same variant, tokens and learning rate.
+
+    Processes that share the file wait for each other. Without `keep_rows` the row is all that is left in it.
+    """
+    import fcntl
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["variant"], *(row["recipe"]["distill"][name] for name in ("tokens", "lr"))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the folder, because the file itself is replaced
+        rows = json.loads(path.read_text()) if keep_rows and path.is_file() else []
+        rows = [old for old in rows if key(old) != key(row)] + [row]
+        write_file(path, json.dumps(rows, indent=1) + "\n")
+    finally:
+        os.close(folder)
 
 
 def documents(path: str, only: str | None) -> Iterator[str]:
@@ -306,9 +347,12 @@ def heal_variant(
         healed = heal(
             converted, out, recipe_of(options), texts=texts, device=device, force=True, progress=progress
         )
-        after = measured(load(out, device=device), held)
+        model = load(out, device=device)
+        after = measured(model, held)
     return {
         "plan": plan.line,
+        "full": len(plan.full_layers),
+        "kv": round(sum(base_kv_bytes(model.config, KV_TOKENS)) / sum(kv_bytes(model.config, KV_TOKENS)), 2),
         "gate": plan.gate,
         "topk": plan.topk,
         "window": plan.window,
