@@ -226,10 +226,10 @@ def products(path: Path, bandwidth: float) -> None:
 
 
 def value_maps(path: Path) -> None:
-    """Sparse decode's two ways to apply the value map, at Qwen3-8B's shape and 32k tokens."""
-    rows: list[dict[str, float]] = []
+    """Sparse decode without and with its value map, at Qwen3-8B's shape and 32k tokens, by splits and by rows."""
+    rows: list[dict[str, Any]] = []
     heads, groups, dim, length = 32, 8, 128, 32 * K
-    for batch in (1, 2, 8, 64):
+    for batch in (1, 2, 4, 8, 16, 64):
         q = torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
         near = torch.randn(batch, groups, 128, dim, device="cuda", dtype=torch.bfloat16)
         far = torch.randn(min(batch, 8), groups, length, dim, device="cuda", dtype=torch.bfloat16)
@@ -240,30 +240,30 @@ def value_maps(path: Path) -> None:
         start = torch.zeros(batch, 1, dtype=torch.int64, device="cuda")
         gate = torch.zeros(batch, heads, 1, device="cuda")
         maps = [torch.randn(heads, dim, dim, device="cuda", dtype=torch.bfloat16) for _ in range(26)]
-        counter = torch.zeros(batch * groups, dtype=torch.int32, device="cuda")
         out = torch.empty_like(q)
-        line = f"sparse decode, {batch:2} rows"
-        ways: dict[str, bool | None] = {"no map": None, "one by one": False, "tensor cores": True}
         arguments = (q, near, near, q, far, far, indices, offset, start, gate, out)
 
         def run(
-            by_dots: bool | None, arguments: Any = arguments, counter: Any = counter, maps: Any = maps
+            rows_per_program: int | None, splits: Any, arguments: Any = arguments, maps: Any = maps
         ) -> None:
             for value_map in maps:
                 sparse_decode(
-                    *arguments, block_size=64, window=128, scale=dim**-0.5, counter=counter, by_dots=by_dots,
-                    value_map=None if by_dots is None else value_map,
+                    *arguments, block_size=64, window=128, scale=dim**-0.5, rows_per_program=rows_per_program,
+                    splits=splits, value_map=value_map if rows_per_program else None,
                 )  # fmt: skip
 
-        rows.append({"rows": batch})
-        for way, by_dots in ways.items():
+        ways = {"no map": (None, None), "map, row by row": (1, None), "map, 16 rows": (16, None)}
+        ways |= {f"splits {2 // n or 1} + {16 // n}": (16 if batch >= 8 else 1, (2 // n or 1, 16 // n))
+                 for n in (1, 2, 4, 8, 16)}  # fmt: skip
+        row: dict[str, Any] = {"rows": batch}
+        rows.append(row)
+        for way, (per, splits) in ways.items():
             try:
-                rows[-1][way] = _graphed(lambda f=run, b=by_dots: f(b)) / len(maps)
+                row[way] = _graphed(lambda f=run, p=per, s=splits: f(p, s)) / len(maps)
             except Exception:
                 traceback.print_exc(limit=-6)
-                continue
-            line += f"  {way} {rows[-1][way] * 1e6:6.1f} us"
-        print(line, flush=True)
+        times = "  ".join(f"{way} {time * 1e6:.1f}" for way, time in row.items() if way != "rows")
+        print(f"sparse decode, {batch:2} rows, us: {times}", flush=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
 
 

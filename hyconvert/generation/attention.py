@@ -62,7 +62,6 @@ class Pass:
         cos, sin: RoPE's tables.
         padded: whether any row has padding.
         selected: by full layer.
-        counter: what `sparse_decode` counts in, or None.
         implementation: of the kernels.
         select: puts other block indices in the place of a layer's own, to time a given overlap; None for none.
         dense: with it, a full layer without readers decodes by PyTorch's attention, over a fixed number of keys.
@@ -75,7 +74,6 @@ class Pass:
     sin: Tensor
     padded: bool = False
     selected: dict[int, Selected] = field(default_factory=dict)
-    counter: Tensor | None = None
     implementation: str | None = None
     select: Callable[[Tensor], Tensor] | None = None
     dense: DenseWay | None = None
@@ -184,7 +182,7 @@ def _decode(network: Network, index: int, x: Tensor, fused: Tensor, cache: KV, n
     near = {key: settings[key] for key in ("window", "scale", "implementation")}
     plain = block.attention is None or block.attention.window_sink is None
     if block.source is None and plain:
-        return window_decode(q, keys, values, *where, counter=now.counter, **near)
+        return window_decode(q, keys, values, *where, **near)
     at_source = None if block.source is None else now.selected[block.source]
     if at_source is not None and block.kind == "reuse":
         at_source = at_source._replace(cache=cache)
@@ -192,7 +190,7 @@ def _decode(network: Network, index: int, x: Tensor, fused: Tensor, cache: KV, n
         ordered_offset, ordered_start = (None, None) if block.ring else where
         return sparse_decode(
             q, keys, values, query, *at_source.cache[:2], at_source.indices, *where,
-            _gate_logit(block, fused), value_map=block.attention.value_map, counter=now.counter,
+            _gate_logit(block, fused), value_map=block.attention.value_map,
             window_offset=ordered_offset, window_start=ordered_start, scales=at_source.cache.scales,
             window_scales=scales, **settings,
         )  # fmt: skip

@@ -85,8 +85,6 @@ class Decoder:
         self.written = torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
-        groups = self.network.blocks[0].groups
-        self._counter = torch.zeros(batch * groups, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None
 
@@ -269,7 +267,7 @@ class Decoder:
 
     def _step(self) -> None:
         now = Pass(
-            self.offset, self.first, self.first[:, None], self.cos, self.sin, counter=self._counter,
+            self.offset, self.first, self.first[:, None], self.cos, self.sin,
             implementation=self.implementation, dense=self.dense,
         )  # fmt: skip
         logits = self._run(self.token, slice(None), now)

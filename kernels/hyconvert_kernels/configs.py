@@ -45,6 +45,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+EARLY_START = True
+"""Whether kernels of a decoding step are launched before their predecessors have ended, where the GPU can do that."""
+
+
+def early_start(device: torch.device) -> dict:
+    """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`."""
+    if not EARLY_START or not _can_start_early(device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@functools.cache
+def _can_start_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Element strides of all but the last dimension, which must be contiguous."""
     return x.stride()[:3]
@@ -155,17 +171,18 @@ def sparse_decode_tile(dtype: torch.dtype, dim: int) -> Tile:
     return Tile(1, 32 if dtype == torch.float32 or dim > 128 else 64, 4, 1 if dtype == torch.float32 else 2)
 
 
-def map_by_dots(dtype: torch.dtype, dim: int, programs: int, device: torch.device) -> bool:
-    """Whether sparse decode applies the value map by tensor cores, with the next head's matrix on its way.
-
-    That hides its latency, and takes 186 registers per thread instead of 146 (4 heads of 128): two programs per
-    multiprocessor in place of three.
-    """
-    return dtype != torch.float32 and dim <= 128 and programs <= 2 * processors(device)
+def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.device) -> tuple[int, int]:
+    """Splits of a row's window and of its blocks: about eight programs per multiprocessor, each of one to four steps."""
+    per = max(1, min(4, (w_steps + s_steps) * lines // (8 * processors(device))), -(-(w_steps + s_steps) // 32))
+    return -(-w_steps // per), -(-s_steps // per)
 
 
 MATVEC_ROWS = 1
 """Most rows of a product that our own kernel takes from cuBLAS; `benchmarks.end_to_end` times up to 16."""
+
+
+MATVEC_FETCH = 1024
+"""Columns of a matrix row that a product launched early brings into the L2 cache before its input is there."""
 
 
 def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:

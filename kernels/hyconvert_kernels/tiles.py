@@ -18,6 +18,17 @@ FP8_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
 
 
 @triton.jit
+def await_inputs(EARLY: tl.constexpr):
+    """Wait for the kernels before this one, if it was launched early (see `configs.early_start`); first thing in it.
+
+    What stands before may read weights only: all else may not be written yet, or still be read by somebody else.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def load_rows(base, offsets, row_ok, D: tl.constexpr, DP: tl.constexpr):
     """Load ``[rows, DP]`` from rows at int64 ``offsets`` (last stride 1); idle rows and columns from D on are 0."""
     columns = tl.arange(0, DP)

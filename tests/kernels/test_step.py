@@ -174,11 +174,11 @@ def test_value_map_by_tensor_cores_is_the_value_map(heads):
     offset, start = torch.full((2,), 70, device=DEVICE), torch.tensor([[0], [5]], device=DEVICE)
     gate, value_map = normal(2, heads, 1, seed=3), normal(heads, 16, 16, seed=4)
     outs = []
-    for by_dots in (False, True):
+    for rows in (1, 16):
         out = torch.full_like(q, torch.nan)
         sparse.sparse_decode(
             q, near, near, q, far, far, indices.contiguous(), offset, start, gate, out, block_size=16, window=9,
-            scale=0.3, value_map=value_map, by_dots=by_dots,
+            scale=0.3, value_map=value_map, rows_per_program=rows,
         )  # fmt: skip
         outs.append(out)
     torch.testing.assert_close(*outs, **TIGHT)

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import Tile, decode_splits, decode_tile, strides
-from ..tiles import FP8_LARGEST, LN2, finish, load_keys, load_rows, softmax_step, store_rows
+from ..configs import Tile, decode_splits, decode_tile, early_start, strides
+from ..tiles import FP8_LARGEST, LN2, await_inputs, finish, load_keys, load_rows, softmax_step, store_rows
 from ..topk.forward import select_blocks
 
 
@@ -13,9 +13,10 @@ from ..topk.forward import select_blocks
 def _split(
     Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, SPLITS, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-    BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, K_SCALE=None, V_SCALE=None,
-    SLOTS=None,
+    BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, K_SCALE=None, V_SCALE=None, SLOTS=None,
 ):  # fmt: skip
+    await_inputs(EARLY)
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
     r = tl.arange(0, RM)
@@ -99,9 +100,10 @@ def join_lse(part_lse, splits, SP: tl.constexpr):
 @triton.jit
 def _join(
     PART, PART_LSE, RAW, OUT, LSE, INDICES, OFFSET, START, NB, window, TOPK, SPLITS,
-    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
-    SP: tl.constexpr, KP: tl.constexpr, N: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    SP: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_inputs(EARLY)
     job, line = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if job < R:
         place = (line * R + job) * SPLITS
@@ -116,16 +118,29 @@ def _join(
         last = tl.load(OFFSET + line // G).to(tl.int32) - window - tl.load(START + line // G).to(tl.int32)
         blocks = tl.where(last < 0, 0, last // BLOCK + 1)
         block = tl.arange(0, N)
+        r, split = tl.arange(0, RP), tl.arange(0, SP)
+        every = tl.load(
+            PART_LSE + (line * R + r)[:, None] * SPLITS + split[None, :],
+            mask=(r < R)[:, None] & (split < SPLITS)[None, :], other=float("-inf"),
+        )  # fmt: skip
+        top = tl.max(every, 1)
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.exp2(every - safe[:, None]), 1)  # 0 without keys, and then there are no blocks
+        lses = safe + tl.log2(tl.where(total == 0.0, 1.0, total))
         best = tl.full([N], -1.0, tl.float32)
-        for head in range(R):
-            lse, _ = join_lse(PART_LSE + (line * R + head) * SPLITS, SPLITS, SP)
+        for head in tl.range(0, R, loop_unroll_factor=4):
             value = tl.load(RAW + (line * R + head) * NB + block, mask=block < blocks, other=float("-inf"))
-            best = tl.maximum(best, tl.exp2(value - lse))
-        win, rank = select_blocks(best, block < blocks, TOPK, 30)
+            best = tl.maximum(best, tl.exp2(value - tl.sum(tl.where(r == head, lses, 0.0))))
+        win, rank = select_blocks(best, block < blocks, TOPK, 30, True)
         count = tl.sum(win.to(tl.int32))
         tl.store(INDICES + line * TOPK + rank, block, mask=win)
         pad = tl.arange(0, KP)
         tl.store(INDICES + line * TOPK + pad, tl.full([KP], -1, tl.int32), mask=(pad >= count) & (pad < TOPK))
+
+
+def empty_like_parts(q, rows, dim):
+    """Room for the outputs and log-sum-exps of ``rows`` splits."""
+    return (torch.empty(size, dtype=torch.float32, device=q.device) for size in (rows * dim, rows))
 
 
 def scale_arguments(scales):
@@ -148,20 +163,22 @@ def oracle_decode(
     block_size = block_size if scored else keys
     splits = decode_splits(batch * groups, triton.cdiv(slots, keys), q.device)
     blocks = triton.cdiv(slots, block_size)
-    part = torch.empty(batch * heads * splits * dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(batch * heads * splits, dtype=torch.float32, device=q.device)
+    part, part_lse = empty_like_parts(q, batch * heads * splits, dim)
     raw = torch.empty(batch * heads * blocks if scored else 1, dtype=torch.float32, device=q.device)
     padded = triton.next_power_of_2(dim)
+    early = early_start(q.device)
     _split[(splits, batch * groups)](
         q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
         blocks, splits, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
         SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **scale_arguments(scales), **tile.launch(),
+        **early,
     )  # fmt: skip
     size = max(32, triton.next_power_of_2(blocks)) if scored else 32
     topk = indices.shape[3] if scored else 1
     _join[(ratio + scored, batch * groups)](
         part, part_lse, raw, out, lse, indices if scored else lse, q_offset, start, blocks, window, topk, splits,
-        G=groups, R=ratio, D=dim, DP=padded, BLOCK=block_size, SP=triton.next_power_of_2(splits),
-        KP=triton.next_power_of_2(topk), N=size, num_warps=max(4, min(16, size // 512)),
+        G=groups, R=ratio, RP=triton.next_power_of_2(ratio), D=dim, DP=padded, BLOCK=block_size,
+        SP=triton.next_power_of_2(splits), KP=triton.next_power_of_2(topk), N=size,
+        num_warps=max(4, min(16, size // 512)), **early,
     )  # fmt: skip

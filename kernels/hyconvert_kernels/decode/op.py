@@ -62,16 +62,9 @@ def sparse_decode(
     window_start: Tensor | None = None,
     scales: Scales | None = None,
     window_scales: Scales | None = None,
-    counter: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """See `reference.sparse_decode`.
-
-    Args:
-        counter: int32 zeros ``[B G]`` or more, on q's device, for the kernel to count in and to leave as zeros. One set
-            serves all launches of a stream or of a CUDA graph, which would otherwise zero one for every launch. With it
-            or with scales the call is no op of ``torch.library``.
-    """
+    """See `reference.sparse_decode`; with scales it is no op of ``torch.library``."""
     check_inputs(q_sparse, k, v, q_offset, start)
     settings = {"block_size": block_size, "window": window, "scale": scale}
     maps = {"value_map": value_map, "window_offset": window_offset, "window_start": window_start}
@@ -89,9 +82,9 @@ def sparse_decode(
             *tensors, **settings, **maps, scales=scales, window_scales=window_scales
         )
     gate = gate_logit.to(q.device).expand(q.shape[:3])
-    if counter is not None or any(scaled):
+    if any(scaled):
         every = (*tensors[:-1], gate, *maps.values())
-        return _launch(*every, block_size, window, scale, counter, scales, window_scales)
+        return _launch(*every, block_size, window, scale, scales, window_scales)
     return _sparse_decode(*tensors[:-1], gate, *maps.values(), block_size, window, scale)
 
 
@@ -104,16 +97,13 @@ def window_decode(
     *,
     window: int,
     scale: float,
-    counter: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """See `reference.window_decode`; ``counter`` as for `sparse_decode`. No gradient is defined."""
+    """See `reference.window_decode`. No gradient is defined."""
     problem = attention_problem(q, k_window, v_window, window=window)
     tensors = (q, k_window, v_window, q_offset, start)
     if choose("window_decode", tensors, implementation, problem) == "reference" or q.shape[2] != 1:
         return reference.window_decode(*tensors, window=window, scale=scale)
-    if counter is not None:
-        return _launch_window(*tensors, window, scale, counter)
     return _window_decode(*tensors, window, scale)
 
 
@@ -121,10 +111,6 @@ def window_decode(
 def _window_decode(
     q: Tensor, k_window: Tensor, v_window: Tensor, q_offset: Tensor, start: Tensor, window: int, scale: float
 ) -> Tensor:
-    return _launch_window(q, k_window, v_window, q_offset, start, window, scale, None)
-
-
-def _launch_window(q, k_window, v_window, q_offset, start, window, scale, counter):
     from . import sparse
 
     out = q.new_empty(q.shape)
@@ -132,7 +118,7 @@ def _launch_window(q, k_window, v_window, q_offset, start, window, scale, counte
         with on_device(q):
             sparse.sparse_decode(
                 *(dense_rows(x) for x in (q, k_window, v_window)), None, None, None, None, q_offset.contiguous(),
-                start.contiguous(), None, out, block_size=16, window=window, scale=scale, counter=counter,
+                start.contiguous(), None, out, block_size=16, window=window, scale=scale,
             )  # fmt: skip
     return out
 
@@ -150,13 +136,13 @@ def _sparse_decode(
 ) -> Tensor:  # fmt: skip
     return _launch(
         q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, value_map, window_offset, window_start,
-        block_size, window, scale, None,
+        block_size, window, scale,
     )  # fmt: skip
 
 
 def _launch(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, value_map, window_offset, window_start,
-    block_size, window, scale, counter, scales=None, window_scales=None,
+    block_size, window, scale, scales=None, window_scales=None,
 ):  # fmt: skip
     from . import sparse
 
@@ -170,7 +156,7 @@ def _launch(
                 value_map=None if value_map is None else value_map.contiguous(),
                 window_offset=window_offset.contiguous() if whole else None,
                 window_start=window_start.contiguous() if whole else None,
-                block_size=block_size, window=window, scale=scale, counter=counter,
+                block_size=block_size, window=window, scale=scale,
                 scales=_checked(k, scales), window_scales=_checked(k_window, window_scales),
             )  # fmt: skip
     return out

@@ -1,18 +1,16 @@
-"""Triton decode of a sparse layer in one launch: window, selected blocks, value map and merge.
+"""Triton decode of a sparse layer: split window and blocks, then one launch joins the splits, maps values and merges.
 
-Programs share a (row, KV group) by splitting its window and its blocks; the last of them to finish (an integer counter
-says which) joins the parts in a fixed order, so the result does not depend on who comes last.
+A launch that does both, its last program joining what the others left, waits for that program's value maps, one head
+after the other. The second launch spreads them over heads, columns and rows, and has its matrix in registers before
+the first has ended. A short window alone needs no second launch.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 
-from ..configs import Tile, map_by_dots, processors, sparse_decode_tile, strides
-from ..tiles import FP8_LARGEST, LN2, finish, load_rows, softmax_step, store_rows
-from .full import scale_arguments
+from ..configs import Tile, early_start, sparse_decode_splits, sparse_decode_tile, strides
+from ..tiles import FP8_LARGEST, LN2, await_inputs, finish, load_rows, softmax_step, store_rows
+from .full import empty_like_parts, scale_arguments
 
 
 @triton.jit
@@ -36,46 +34,16 @@ def _attend(
 
 
 @triton.jit
-def _join_branch(
-    part, part_lse, first: tl.constexpr, end: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Join splits ``first .. end`` of one branch: output ``[RM, DP]`` and log2-sum-exp2 ``[RM]``."""
-    r = tl.arange(0, RM)
-    column = tl.arange(0, DP)
-    acc = tl.zeros([RM, DP], tl.float32)
-    top = tl.full([RM], float("-inf"), tl.float32)
-    total = tl.zeros([RM], tl.float32)
-    for at in range(first, end, CHUNK):
-        split = at + tl.arange(0, CHUNK)
-        there = (split < end)[:, None] & (r < R)[None, :]
-        place = split[:, None] * RM + r[None, :]
-        lse = tl.load(part_lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        out = tl.load(
-            part + place[:, :, None] * D + column[None, None, :],
-            mask=there[:, :, None] & (column < D)[None, None, :], other=0.0, cache_modifier=".cg",
-        )  # fmt: skip
-        new = tl.maximum(top, tl.max(lse, 0))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        weight = tl.exp2(lse - safe[None, :])
-        decay = tl.exp2(top - safe)
-        acc = acc * decay[:, None] + tl.sum(out * weight[:, :, None], 0)
-        total = total * decay + tl.sum(weight, 0)
-        top = new
-    out, lse = finish(acc, top, total)
-    return out, lse
-
-
-@triton.jit
-def _sparse_decode(
-    Q, KW, VW, QS, K, V, INDICES, GATE, MAP, OUT, PART, PART_LSE, COUNTER, OFFSET, START, W_OFFSET, W_START,
-    sqb, sqh, swkb, swkg, swks, swvb, swvg, swvs, spb, sph, skb, skg, sks, svb, svg, svs, sgb, sgh,
+def _sparse_split(
+    Q, KW, VW, QS, K, V, INDICES, OUT, PART, PART_LSE, OFFSET, START, W_OFFSET, W_START,
+    sqb, sqh, swkb, swkg, swks, swvb, swvg, swvs, spb, sph, skb, skg, sks, svb, svg, svs,
     TOPK, ring, window, scale_log2,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BN: tl.constexpr, BLOCK: tl.constexpr, W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, RING: tl.constexpr,
-    MAPPED: tl.constexpr, MAP_STAGES: tl.constexpr, CHUNK: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    DIRECT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
     K_SCALE=None, V_SCALE=None, SLOTS=None, W_K_SCALE=None, W_V_SCALE=None,
 ):  # fmt: skip
+    await_inputs(EARLY)
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
     r = tl.arange(0, RM)
@@ -124,112 +92,159 @@ def _sparse_decode(
         if V_SCALE is not None:
             acc = acc * (1.0 / FP8_LARGEST)
     out, lse = finish(acc, top, total)
+    if DIRECT:
+        store_rows(OUT, (row64 * G * R + head) * D, out, row_ok, D, DP)
+    else:
+        place = (line.to(tl.int64) * (W_SPLITS + S_SPLITS) + split) * RP + r
+        store_rows(PART, place * D, out, row_ok, D, DP)
+        tl.store(PART_LSE + place, lse / LN2, mask=row_ok)
+
+
+@triton.jit
+def _join_row(PART, PART_LSE, first, count, RP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SP: tl.constexpr,
+              column):  # fmt: skip
+    """``count`` splits of one row, ``RP`` apart from ``first`` on: output ``[WIDTH]`` and log2-sum-exp2."""
+    split = tl.arange(0, SP)
+    place = first + split * RP
+    lse = tl.load(PART_LSE + place, mask=split < count, other=float("-inf"))
+    inside = (split < count)[:, None] & (column < D)[None, :]
+    part = tl.load(PART + place[:, None] * D + column[None, :], mask=inside, other=0.0)
+    top = tl.max(lse)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(lse - safe)
+    total = tl.sum(weight)
+    some = tl.where(total == 0.0, 1.0, total)
+    return tl.sum(part * weight[:, None], 0) / some, tl.where(
+        total == 0.0, float("-inf"), safe + tl.log2(some)
+    )
+
+
+@triton.jit
+def _join_rows(PART, PART_LSE, first, ok, count: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+               BR: tl.constexpr, column):  # fmt: skip
+    """The same of ``BR`` rows: output ``[BR, WIDTH]`` and log2-sum-exp2 ``[BR]``."""
+    acc = tl.zeros([BR, WIDTH], tl.float32)
+    top = tl.full([BR], float("-inf"), tl.float32)
+    total = tl.zeros([BR], tl.float32)
+    inside = ok[:, None] & (column < D)[None, :]
+    for split in tl.range(0, count, loop_unroll_factor=4):
+        place = first + split * RP
+        lse = tl.load(PART_LSE + place, mask=ok, other=float("-inf"))
+        part = tl.load(PART + place[:, None] * D + column[None, :], mask=inside, other=0.0)
+        new = tl.maximum(top, lse)
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weight, decay = tl.exp2(lse - safe), tl.exp2(top - safe)
+        acc = acc * decay[:, None] + part * weight[:, None]
+        total = total * decay + weight
+        top = new
+    some = tl.where(total == 0.0, 1.0, total)
+    return acc / some[:, None], tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
+
+
+@triton.jit
+def _share(lse_sparse, lse_window, gate):
+    """Weight of the sparse branch, of log2-sum-exp2; 0 where that is empty."""
+    empty = lse_sparse == float("-inf")
+    return tl.where(empty, 0.0, tl.sigmoid((tl.where(empty, 0.0, lse_sparse) - lse_window) * LN2 + gate))
+
+
+@triton.jit
+def _sparse_join(
+    PART, PART_LSE, GATE, MAP, OUT, rows, sgb, sgh,
+    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DC: tl.constexpr,
+    W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, WP: tl.constexpr, SP: tl.constexpr, MAPPED: tl.constexpr,
+    MERGE: tl.constexpr, BR: tl.constexpr, PREC: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Columns ``DC`` of one head: of one row with ``BR`` 1, where the map is multiplied out, else of as many by a dot."""
+    chunks: tl.constexpr = (D + DC - 1) // DC
+    head, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    full = tl.arange(0, DP)
+    column = chunk * DC + tl.arange(0, DC)
     splits: tl.constexpr = W_SPLITS + S_SPLITS
-    base = line.to(tl.int64) * splits * RP
-    place = base + split * RP + r
-    store_rows(PART, place * D, out, row_ok, D, DP)
-    tl.store(PART_LSE + place, lse / LN2, mask=row_ok)
-    tl.debug_barrier()
-    if tl.atomic_add(COUNTER + line, 1) == splits - 1:
-        tl.store(COUNTER + line, 0)
-        part, part_lse = PART + base * D, PART_LSE + base
-        out_w, lse_w = _join_branch(part, part_lse, 0, W_SPLITS, R, RP, D, DP, CHUNK)
-        out_s, lse_s = _join_branch(part, part_lse, W_SPLITS, splits, R, RP, D, DP, CHUNK)
-        rp = tl.arange(0, RP)
-        column = tl.arange(0, DP)
-        if MAPPED == 2:
-            rows = tl.arange(0, RM)
-            same = (rows[:, None] == rp[None, :])[:, :, None]
-            wide = tl.sum(tl.where(same, out_s[None, :, :], 0.0), 1).to(OUT.dtype.element_ty)
-            mapped = tl.zeros([RM, DP], tl.float32)
-            for h in tl.range(
-                0, R, num_stages=MAP_STAGES
-            ):  # one head's row at a time; the next matrix is on its way
-                weight = load_rows(
-                    MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP
-                )
-                one = tl.where((rows == h)[:, None], wide, tl.zeros_like(wide))
-                mapped = tl.dot(one, tl.trans(weight), mapped, input_precision=PREC)
-            out_s = tl.sum(tl.where(same, mapped[:, None, :], 0.0), 0)
-        elif MAPPED == 1:
-            mapped = tl.zeros([RP, DP], tl.float32)
-            for h in range(R):
-                x = tl.sum(tl.where((rp == h)[:, None], out_s, 0.0), 0)
+    if MAPPED:
+        inside = (column < D)[:, None] & (full < D)[None, :]
+        weight = tl.load(
+            MAP + head * D * D + column.to(tl.int64)[:, None] * D + full[None, :], mask=inside, other=0.0
+        )
+    await_inputs(EARLY)
+    group, r = head // R, head % R
+    if BR == 1:
+        row = tl.program_id(1).to(tl.int64)
+        base = (row * G + group) * splits * RP + r
+        out, lse_w = _join_row(PART, PART_LSE, base, W_SPLITS, RP, D, DC, WP, column)
+        if MERGE:
+            gate = tl.load(GATE + row * sgb + head * sgh).to(tl.float32)
+            base += W_SPLITS * RP
+            if MAPPED:
+                x, lse_s = _join_row(PART, PART_LSE, base, S_SPLITS, RP, D, DP, SP, full)
                 x = x.to(OUT.dtype.element_ty).to(tl.float32)
-                weight = load_rows(
-                    MAP + (group64 * R + h) * D * D, column.to(tl.int64) * D, column < D, D, DP
-                )
-                y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
-                mapped = tl.where((rp == h)[:, None], y[None, :], mapped)
-            out_s = mapped
-        ok = rp < R
-        gate = tl.load(GATE + row64 * sgb + (group64 * R + rp) * sgh, mask=ok, other=0.0).to(tl.float32)
-        empty = lse_s == float("-inf")
-        share = tl.where(empty, 0.0, tl.sigmoid(tl.where(empty, 0.0, lse_s) - lse_w + gate))
-        merged = share[:, None] * out_s + (1.0 - share)[:, None] * out_w
-        store_rows(OUT, (row64 * G * R + group64 * R + rp) * D, merged, ok, D, DP)
-
-
-@functools.cache
-def _counters(device: torch.device, stream: int, size: int) -> torch.Tensor:
-    """Zeroed counters that every launch leaves zeroed; one set per stream, whose launches do not overlap."""
-    return torch.zeros(size, dtype=torch.int32, device=device)
+                far = tl.sum(weight.to(tl.float32) * x[None, :], 1)
+            else:
+                far, lse_s = _join_row(PART, PART_LSE, base, S_SPLITS, RP, D, DC, SP, column)
+            share = _share(lse_s, lse_w, gate)
+            out = share * far + (1.0 - share) * out
+        tl.store(OUT + (row * G * R + head) * D + column, out.to(OUT.dtype.element_ty), mask=column < D)
+    else:
+        row = (tl.program_id(1) * BR + tl.arange(0, BR)).to(tl.int64)
+        ok = row < rows
+        base = (row * G + group) * splits * RP + r
+        near, lse_w = _join_rows(PART, PART_LSE, base, ok, W_SPLITS, RP, D, DC, BR, column)
+        x, lse_s = _join_rows(PART, PART_LSE, base + W_SPLITS * RP, ok, S_SPLITS, RP, D, DP, BR, full)
+        far = tl.dot(x.to(OUT.dtype.element_ty), tl.trans(weight), input_precision=PREC)
+        gate = tl.load(GATE + row * sgb + head * sgh, mask=ok, other=0.0).to(tl.float32)
+        share = _share(lse_s, lse_w, gate)
+        out = share[:, None] * far + (1.0 - share)[:, None] * near
+        place = OUT + (row * G * R + head)[:, None] * D + column[None, :]
+        tl.store(place, out.to(OUT.dtype.element_ty), mask=ok[:, None] & (column < D)[None, :])
 
 
 def sparse_decode(
     q, k_window, v_window, q_sparse, k, v, indices, q_offset, start, gate, out, *, block_size, window, scale,
-    value_map=None, window_offset=None, window_start=None, scales=None, window_scales=None, counter=None,
-    tile: Tile | None = None, splits=None, by_dots=None,
+    value_map=None, window_offset=None, window_start=None, scales=None, window_scales=None, tile: Tile | None = None,
+    splits=None, rows_per_program=None,
 ):  # fmt: skip
     """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous.
 
-    Without ``indices`` there is the window branch alone. ``scales`` and ``window_scales`` are contiguous. ``counter``
-    int32 ``[B G]``, or longer, is zeros that launches on one stream may share; each leaves them zeros. ``by_dots`` says
-    how the value map is applied, by default as `map_by_dots` has it.
+    Without ``indices`` there is the window branch alone. ``scales`` and ``window_scales`` are contiguous. ``splits`` are
+    those of the window and of the blocks; ``rows_per_program`` is 1 or 16, of the launch that applies the value map.
     """
     batch, heads, _, dim = q.shape
     groups = k_window.shape[1]
     ratio = heads // groups
     lines = batch * groups
     tile = tile or sparse_decode_tile(q.dtype, dim)
+    merge = indices is not None
     if indices is None:
         q_sparse, k, v, indices, gate, topk = q, k_window, v_window, q_offset, q, 0
     else:
         topk = indices.shape[3]
     w_steps, s_steps = triton.cdiv(window, tile.keys), triton.cdiv(topk * block_size, tile.keys)
-    if splits is None:  # about three programs per multiprocessor, every split at least one step
-        want = max(2, 3 * processors(q.device) // lines)
-        per = triton.cdiv(w_steps + s_steps, want)
-        splits = triton.cdiv(w_steps, per), triton.cdiv(s_steps, per)
+    splits = splits or sparse_decode_splits(w_steps, s_steps, lines, q.device)
     count = sum(splits)
+    direct = count == 1
     padded_ratio = triton.next_power_of_2(ratio)
-    part = torch.empty(lines * count * padded_ratio * dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(lines * count * padded_ratio, dtype=torch.float32, device=q.device)
-    slots = max(1024, triton.next_power_of_2(lines))
-    if counter is not None:
-        pass
-    elif q.is_cuda and torch.cuda.is_current_stream_capturing():
-        counter = torch.zeros(
-            slots, dtype=torch.int32, device=q.device
-        )  # of the graph's own pool, zeroed at replay
-    else:
-        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        counter = _counters(q.device, stream, slots)
+    part, part_lse = empty_like_parts(q, 0 if direct else lines * count * padded_ratio, dim)
     ring = window_offset is None
     padded = triton.next_power_of_2(dim)
-    if by_dots is None:
-        by_dots = map_by_dots(q.dtype, dim, lines * count, q.device)
-    mapped = 0 if value_map is None else 2 if by_dots else 1
+    early = early_start(q.device)
     window_arguments = dict(zip(("W_K_SCALE", "W_V_SCALE"), window_scales or (None, None), strict=True))
-    _sparse_decode[(count, lines)](
-        q, k_window, v_window, q_sparse, k, v, indices, gate, value_map if value_map is not None else q, out,
-        part, part_lse, counter, q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
+    _sparse_split[(count, lines)](
+        q, k_window, v_window, q_sparse, k, v, indices, out, part, part_lse,
+        q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
         q.stride(0), q.stride(1), *strides(k_window), *strides(v_window), q_sparse.stride(0), q_sparse.stride(1),
-        *strides(k), *strides(v), gate.stride(0), gate.stride(1), topk, k_window.shape[2], window,
-        scale * 1.4426950408889634,
+        *strides(k), *strides(v), topk, k_window.shape[2], window, scale * 1.4426950408889634,
         G=groups, R=ratio, RM=max(16, padded_ratio), RP=padded_ratio, D=dim, DP=padded, BN=tile.keys, BLOCK=block_size,
-        W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, MAPPED=mapped,
-        MAP_STAGES=3,
-        CHUNK=max(1, min(triton.next_power_of_2(max(splits)), 4096 // (padded_ratio * padded))), PREC=tile.precision,
-        STAGES=tile.stages, **scale_arguments(scales), **window_arguments, **tile.launch(),
+        W_SPLITS=splits[0], S_SPLITS=splits[1], RING=ring, DIRECT=direct, PREC=tile.precision, STAGES=tile.stages,
+        **scale_arguments(scales), **window_arguments, **tile.launch(), **early,
+    )  # fmt: skip
+    if direct:
+        return
+    mapped = value_map is not None
+    width = min(padded, 32) if mapped else padded
+    per = (rows_per_program or (16 if batch >= 8 else 1)) if mapped else 1
+    _sparse_join[(heads * triton.cdiv(dim, width), triton.cdiv(batch, per))](
+        part, part_lse, gate, value_map if mapped else q, out, batch, gate.stride(0), gate.stride(1),
+        G=groups, R=ratio, RP=padded_ratio, D=dim, DP=padded, DC=width, W_SPLITS=splits[0], S_SPLITS=splits[1],
+        WP=triton.next_power_of_2(splits[0]), SP=triton.next_power_of_2(max(1, splits[1])), MAPPED=mapped, MERGE=merge,
+        BR=per, PREC=tile.precision, num_warps=4, **early,
     )  # fmt: skip

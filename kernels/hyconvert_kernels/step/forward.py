@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import strides
-from ..tiles import FP8_LARGEST, FP8_SMALLEST
+from ..configs import early_start, strides
+from ..tiles import FP8_LARGEST, FP8_SMALLEST, await_inputs
 
 
 @triton.jit
@@ -20,12 +20,14 @@ def _add_norm(
     DP: tl.constexpr,
     ADD: tl.constexpr,
     AFTER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     ok = column < D
-    x = tl.load(X + row * sx + column, mask=ok, other=0.0).to(tl.float32)
     weight = tl.load(WEIGHT + column, mask=ok, other=0.0).to(tl.float32)
+    await_inputs(EARLY)
+    x = tl.load(X + row * sx + column, mask=ok, other=0.0).to(tl.float32)
     if ADD:
         old = tl.load(RESIDUAL + row * D + column, mask=ok, other=0.0).to(tl.float32)
     if AFTER:
@@ -44,7 +46,8 @@ def _add_norm(
 
 
 @triton.jit
-def _silu_mul(X, OUT, width, sx, BLOCK: tl.constexpr):
+def _silu_mul(X, OUT, width, sx, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    await_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = column < width
@@ -85,16 +88,24 @@ def _split_heads(
     T, rows, S,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DH: tl.constexpr, BR: tl.constexpr, NORM: tl.constexpr,
     MAPPED: tl.constexpr, SPARSE: tl.constexpr, ROTATE: tl.constexpr, ROTATE_S: tl.constexpr, RING: tl.constexpr,
-    PREC: tl.constexpr, K_SCALE=None, V_SCALE=None,
+    PREC: tl.constexpr, EARLY: tl.constexpr, K_SCALE=None, V_SCALE=None,
 ):  # fmt: skip
     half: tl.constexpr = D // 2
     head = tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, DH)
+    inside = c < half
+    if SPARSE and MAPPED:  # [in, out] of the map's four quarters, heads of queries only
+        corner = MAP + tl.minimum(head, H - 1) * D * D + c[None, :] * D + c[:, None]
+        square = inside[:, None] & inside[None, :] & (head < H)
+        m11 = tl.load(corner, mask=square, other=0.0)
+        m21 = tl.load(corner + half, mask=square, other=0.0)
+        m12 = tl.load(corner + half * D, mask=square, other=0.0)
+        m22 = tl.load(corner + half * D + half, mask=square, other=0.0)
+    await_inputs(EARLY)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     ok = row < rows
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
     slot = tl.load(OFFSET + b, mask=ok, other=0).to(tl.int64) + t
-    c = tl.arange(0, DH)
-    inside = c < half
     mask = ok[:, None] & inside[None, :]
     source = (X + b * sxb + t * sxt + head * D)[:, None] + c[None, :]
     raw1 = tl.load(source, mask=mask, other=0.0)
@@ -136,14 +147,9 @@ def _split_heads(
                 _store_halves(Q + to, x1, x2, c, mask, half)
             if SPARSE:
                 if MAPPED:
-                    corner = MAP + head * D * D + c[None, :] * D + c[:, None]  # [in, out]
-                    square = inside[:, None] & inside[None, :]
                     a1, a2 = x1.to(X.dtype.element_ty), x2.to(X.dtype.element_ty)
-                    x1 = tl.dot(a1, tl.load(corner, mask=square, other=0.0), input_precision=PREC)
-                    x1 = tl.dot(a2, tl.load(corner + half, mask=square, other=0.0), x1, input_precision=PREC)
-                    low = corner + half * D
-                    x2 = tl.dot(a1, tl.load(low, mask=square, other=0.0), input_precision=PREC)
-                    x2 = tl.dot(a2, tl.load(low + half, mask=square, other=0.0), x2, input_precision=PREC)
+                    x1 = tl.dot(a2, m21, tl.dot(a1, m11, input_precision=PREC), input_precision=PREC)
+                    x2 = tl.dot(a2, m22, tl.dot(a1, m12, input_precision=PREC), input_precision=PREC)
                 if ROTATE_S:
                     _store_halves(QS + to, x1 * cos - x2 * sin, x2 * cos + x1 * sin, c, mask, half)
                 else:
@@ -157,7 +163,7 @@ def add_norm(x, residual, weight, eps, out, *, after):
     padded = triton.next_power_of_2(dim)
     _add_norm[(flat.shape[0],)](
         flat, residual if residual is not None else out, weight, out, eps, flat.stride(0),
-        D=dim, DP=padded, ADD=residual is not None, AFTER=after, num_warps=max(1, min(16, padded // 512)),
+        D=dim, DP=padded, ADD=residual is not None, AFTER=after, num_warps=max(1, min(16, padded // 512)), **early_start(x.device),
     )  # fmt: skip
 
 
@@ -167,7 +173,8 @@ def silu_mul(x, out):
     rows = out.numel() // width
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul[(rows, triton.cdiv(width, block))](
-        x, out, width, 2 * width, BLOCK=block, num_warps=max(1, block // 256)
+        x, out, width, 2 * width, BLOCK=block, num_warps=max(1, block // 256),
+        **early_start(x.device),
     )
 
 
@@ -190,4 +197,5 @@ def split_heads(
         H=heads, G=groups, D=dim, DH=max(16, triton.next_power_of_2(dim // 2)), BR=tile, NORM=q_norm is not None,
         MAPPED=mapped, SPARSE=q_sparse is not None, ROTATE=rotate, ROTATE_S=rotate_source, RING=ring, PREC="ieee",
         K_SCALE=None if scales is None else scales[0], V_SCALE=None if scales is None else scales[1], num_warps=4,
+        **early_start(x.device),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def select_blocks(scores, valid, k, BITS: tl.constexpr):
+def select_blocks(scores, valid, k, BITS: tl.constexpr, TWO: tl.constexpr = False):
     """Which of ``scores [N]`` are among the k largest (ties to the lower index), and how many winners precede each.
 
     Args:
@@ -14,6 +14,8 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr):
         valid: entries that may win; the others must be -inf.
         k: winners wanted.
         BITS: 30 if all scores lie in [0, 1], 32 for any float.
+        TWO: with BITS 30, settle two bits per step: half the reductions, for a program that waits for each, at more
+            arithmetic, for which many programs would wait.
 
     Returns:
         bool ``[N]`` and int32 ``[N]``.
@@ -29,10 +31,21 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr):
         many = tl.sum((order >= 0).to(tl.int32)) >= k
         bound = tl.where(many, 0, -2147483648).to(tl.int32)
         top: tl.constexpr = 30
-    for i in range(top + 1):
-        trial = bound + (1 << (top - i))
-        enough = tl.sum((order >= trial).to(tl.int32)) >= k
-        bound = tl.where(enough, trial, bound)
+    if TWO:
+        for i in range(15):
+            low = 1 << (28 - 2 * i)
+            one = (order >= bound + low).to(tl.int64)
+            two = (order >= bound + 2 * low).to(tl.int64) << 20
+            three = (order >= bound + 3 * low).to(tl.int64) << 40
+            counts = tl.sum(one + two + three)  # each at most 2^20
+            above_one, above_two = (counts & 0xFFFFF) >= k, (counts >> 20 & 0xFFFFF) >= k
+            above_three = counts >> 40 >= k
+            bound += low * (above_one.to(tl.int32) + above_two.to(tl.int32) + above_three.to(tl.int32))
+    else:
+        for i in range(top + 1):
+            trial = bound + (1 << (top - i))
+            enough = tl.sum((order >= trial).to(tl.int32)) >= k
+            bound = tl.where(enough, trial, bound)
     above = valid & (order > bound)
     equal = valid & (order == bound)
     room = k - tl.sum(above.to(tl.int32))
