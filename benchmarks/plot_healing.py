@@ -88,9 +88,8 @@ def draw(rows: Sequence[Row]) -> Figure:
     for axis in axes[len(panels) :]:
         axis.remove()
     handles, names = (axes[0] if panels else first).get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, handlelength=3.5
-    )
+    columns = max(1, min(4, 180 // (12 + max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=9, handlelength=3.5)
     return figure
 
 
