@@ -1,21 +1,30 @@
 """Time the backward kernels on one GPU, beside PyTorch's dense attention, FlexAttention and fla-core's NSA.
 
-    python -m benchmarks.kernels_backward [--lengths 8192 32768] [--sections backward training others] [--json FILE]
+    python -m benchmarks.kernels_backward [--lengths 8192 32768] [--sections check backward training others]
 
-`backward` times gradients alone, at the shapes of Qwen3-8B (see `benchmarks.kernels`); `training` a step's forward and
-backward of one full and one sparse layer of SmolLM2 (9 query and 3 KV heads of 64, 8 blocks per query, 4096 tokens);
-`others` the same sparsity by FlexAttention, which reads one set of keys, and by NSA's selected attention, whose kernels
-want 16 query heads per KV head (skipped without the package `fla-core`). Selections are synthetic, and correlated as
-neighbouring queries' are. `--warm` runs everything once and times nothing, to fill the compilers' caches; several such
-runs may go side by side, one a section. `--plot FILE` draws saved results (needs matplotlib, no GPU).
+`check` compares gradients with the references, and nothing is timed if it fails; `backward` times gradients alone, at
+the shapes of Qwen3-8B (see `benchmarks.kernels`), and those of PyTorch's backends also under its deterministic setting;
+`training` a step's forward and backward of one full and one sparse layer of SmolLM2 (9 query and 3 KV heads of 64, 8
+blocks per query, 4096 tokens); `others` the same sparsity by FlexAttention, which reads one set of keys, and by NSA's
+selected attention, whose kernels want 16 query heads per KV head (skipped without the package `fla-core`). Selections
+are synthetic, and correlated as neighbouring queries' are. In rows of gradients, `same` is 1 if two runs agreed bit for
+bit. A failure is a row too, and the run goes on; rows of an earlier run on such a card stay until they are timed again.
+
+First every section runs once with `--warm`, which times nothing, in a process of its own, side by side, to fill the
+compilers' caches; `--cold` leaves that out. `--plot FILE` draws saved results (needs matplotlib, no GPU).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +37,8 @@ from benchmarks.kernels import BLOCK, WINDOW, D, G, H, selection
 
 KEEP = 0.97
 BACKENDS = (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
+SECTIONS = ("check", "backward", "training", "others")
+WARM_SECONDS = 90
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -105,30 +116,72 @@ def step_of(function: Callable[[], torch.Tensor], inputs: Iterable[torch.Tensor]
     return lambda: torch.autograd.grad(function(), inputs, outer)
 
 
+def failing(error: Exception) -> Callable[[], object]:
+    """A function that fails like this, to record."""
+    error = error.with_traceback(None)  # which holds tensors
+
+    def fail() -> object:
+        raise error
+
+    return fail
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """PyTorch's deterministic algorithms; without its filling of new memory, which would be timed too."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def gradients(
+    table: Any,
+    name: str,
+    length: int,
+    least: float,
+    forward: Callable[[], torch.Tensor],
+    inputs: Iterable[torch.Tensor],
+    outer: torch.Tensor,
+    *settings: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> None:
+    """Record the backward of what `forward` returns, both under `settings`; a forward that fails is a row too."""
+    with contextlib.ExitStack() as stack:
+        try:
+            for setting in settings:
+                stack.enter_context(setting())
+            run = backward_of(forward(), inputs, outer)
+            same = all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+        except Exception as error:
+            table.record(name, length, least, failing(error))
+            return
+        table.record(name, length, least, run, same=float(same))
+
+
 def backward(length: int, table: Any) -> None:
     """Gradients alone."""
     layer = Layer(1, H, G, length, D, 16)
-    own = (layer.q, layer.k, layer.v)
+    own, outer = (layer.q, layer.k, layer.v), layer.outer
     moved = 2 * length * D * (4 * H + 4 * G)
     dense = table.floor(5 * H * D * length**2, moved)  # five products of half the square
     for name, backend in BACKENDS:
-        with sdpa_kernel(backend):
-            out = layer.dense()
-            table.record(f"SDPA {name} backward", length, dense, backward_of(out, own, layer.outer))
-    del out
-    table.record("oracle backward", length, dense, backward_of(layer.oracle(), own, layer.outer))
-    window = table.floor(10 * H * D * length * WINDOW, moved)
-    near = (layer.q, layer.k_near, layer.v_near)
-    table.record("window backward", length, window, backward_of(layer.near()[0], near, layer.outer))
+        chosen = partial(sdpa_kernel, backend)
+        gradients(table, f"SDPA {name} backward", length, dense, layer.dense, own, outer, chosen)
+    gradients(table, "oracle backward", length, dense, layer.oracle, own, outer)
     sparse = table.floor(10 * H * D * length * 16 * BLOCK, moved)
-    far = (layer.q_far, layer.k, layer.v)
-    table.record("sparse branch backward", length, sparse, backward_of(layer.far()[0], far, layer.outer))
-    table.record(
-        "sparse layer backward",
-        length,
-        sparse + window,
-        backward_of(layer.sparse(), layer.reads, layer.outer),
-    )
+    window = table.floor(10 * H * D * length * WINDOW, moved)
+    both = sparse + window
+    gradients(table, "sparse layer backward", length, both, layer.sparse, layer.reads, outer)
+    for name, backend in BACKENDS:
+        chosen, name = partial(sdpa_kernel, backend), f"SDPA {name} backward, deterministic"
+        gradients(table, name, length, dense, layer.dense, own, outer, chosen, deterministic)
+    near, far = (layer.q, layer.k_near, layer.v_near), (layer.q_far, layer.k, layer.v)
+    gradients(table, "window backward", length, window, lambda: layer.near()[0], near, outer)
+    gradients(table, "sparse branch backward", length, sparse, lambda: layer.far()[0], far, outer)
     table.record("union, transposed", length, 0.0, lambda: layer.shared(layer.indices))
 
 
@@ -156,10 +209,12 @@ def flex_mask(layer: Layer) -> Any:
 
     groups, length = layer.k.shape[1], layer.k.shape[2]
     wide, tiles = 128, length // 128
+    if length % wide:
+        raise ValueError(f"FlexAttention is timed at multiples of {wide} tokens only, not at {length}")
     chosen = torch.zeros(groups, length, length // BLOCK + 1, dtype=torch.bool, device="cuda")
     chosen.scatter_(2, torch.where(layer.indices[0] < 0, length // BLOCK, layer.indices[0]).long(), True)
     chosen = chosen[..., :-1].contiguous()
-    touched = chosen.view(groups, tiles, wide, tiles, wide // BLOCK).amax((2, 4))
+    touched = chosen.view(groups, tiles, wide, tiles, wide // BLOCK).any(4).any(2)
     at = torch.arange(tiles, device="cuda")
     back = at[:, None] - at
     touched |= (back >= 0) & (back <= -(-WINDOW // wide))
@@ -177,43 +232,72 @@ def flex_mask(layer: Layer) -> Any:
 
 def others(length: int, table: Any) -> None:
     """The same sparsity by other libraries."""
+    for library in (flex, nsa):
+        try:
+            library(length, table)
+        except Exception as error:
+            traceback.print_exc(limit=-6)
+            table.record(f"all of {library.__name__}", length, 0.0, failing(error))
+        torch.cuda.empty_cache()
+
+
+def keep_buffers() -> None:
+    """Let compiled backwards run more than once on one forward: they would give its saved tensors away."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
+
+
+def flex(length: int, table: Any) -> None:
+    """FlexAttention over the window and the selected blocks of one set of keys."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    keep_buffers()
     layer = Layer(1, H, G, length, D, 16)
     own = (layer.q, layer.k, layer.v)
-    mask, compiled = flex_mask(layer), torch.compile(flex_attention)
+    mask, compiled = flex_mask(layer), torch.compile(flex_attention, dynamic=False)
 
-    def flex() -> torch.Tensor:
+    def forward() -> torch.Tensor:
         return compiled(*own, block_mask=mask, scale=layer.scale, enable_gqa=True)
 
-    with torch.no_grad():
-        table.record("FlexAttention", length, 0.0, flex)
-    out = flex()
-    table.record("FlexAttention backward", length, 0.0, backward_of(out, own, layer.outer))
-    del out
+    table.record("FlexAttention", length, 0.0, forward)  # with gradients wanted: one compilation fewer
+    gradients(table, "FlexAttention backward", length, 0.0, forward, own, layer.outer)
+
+
+def nsa(length: int, table: Any) -> None:
+    """NSA's selected attention beside our sparse branch, where `fla-core` is installed."""
     try:
         from fla.ops.nsa.parallel import ParallelNSAFunction
-    except ImportError as error:
-        print(f"NSA is skipped: {error}", file=sys.stderr)
+    except Exception as error:  # missing, or it cannot live with this Triton
+        print(f"NSA is skipped: fla-core cannot be imported ({type(error).__name__}: {error})", flush=True)
         return
+    keep_buffers()
     layer = Layer(1, 32, 2, length, D, 16)
-    q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (layer.q, layer.k, layer.v))
+    far, outer = (layer.q_far, layer.k, layer.v), layer.outer
+    own = tuple(x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (layer.q, layer.k, layer.v))
     blocks = layer.indices.transpose(1, 2).long().sort(-1, descending=True).values  # the -1s come last
-    counts = (blocks >= 0).sum(-1)
-    blocks = blocks.clamp(min=0)
+    counts, blocks = (blocks >= 0).sum(-1), blocks.clamp(min=0)
 
-    def nsa() -> torch.Tensor:
-        return ParallelNSAFunction.apply(q, k, v, blocks, counts, BLOCK, layer.scale, None)
+    def forward() -> torch.Tensor:
+        return ParallelNSAFunction.apply(*own, blocks, counts, BLOCK, layer.scale, None)
 
     with torch.no_grad():
-        table.record("NSA selected, 32/2 heads", length, 0.0, nsa)
+        table.record("NSA selected, 32/2 heads", length, 0.0, forward)
         table.record("sparse branch, 32/2 heads", length, 0.0, lambda: layer.far()[0])
-    outer = layer.outer.transpose(1, 2).contiguous()
-    table.record("NSA selected backward, 32/2 heads", length, 0.0, backward_of(nsa(), (q, k, v), outer))
-    far = (layer.q_far, layer.k, layer.v)
-    table.record(
-        "sparse branch backward, 32/2 heads", length, 0.0, backward_of(layer.far()[0], far, layer.outer)
-    )
+    theirs = outer.transpose(1, 2).contiguous()
+    gradients(table, "NSA selected backward, 32/2 heads", length, 0.0, forward, own, theirs)
+    gradients(table, "sparse branch backward, 32/2 heads", length, 0.0, lambda: layer.far()[0], far, outer)
+
+
+def check() -> bool:
+    """Whether gradients at these shapes (of fewer heads) are the references'; prints what is not."""
+    from benchmarks.check_kernels import Case, check_backward
+
+    shape = {"heads": 8, "groups": 2, "dim": D, "block": BLOCK, "window": WINDOW, "topk": 16}
+    bad, _ = check_backward(Case(length=1500, kind="packed", **shape))
+    if bad:
+        print("a check failed, so nothing is timed:", *bad, sep="\n  ", file=sys.stderr)
+    return not bad
 
 
 class Warm:
@@ -222,11 +306,79 @@ class Warm:
     def floor(self, operations: float, moved: float) -> float:
         return 0.0
 
-    def record(self, name: str, length: int, least: float, function: Callable[[], object]) -> None:
+    def record(
+        self, name: str, length: int, least: float, function: Callable[[], object], **more: float
+    ) -> None:
         try:
             function()
         except Exception as error:
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            print(f"{name}, warming: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+
+def results(path: Path) -> Any:
+    """A table that keeps rows of an earlier run on such a card and such libraries, until they are timed again."""
+    from benchmarks.kernels import Table
+
+    class Results(Table):
+        kept: tuple[dict[str, Any], ...] = ()
+
+        def save(self) -> None:
+            timed = {(row["name"], row["length"]) for row in self.rows}
+            rest = [row for row in self.kept if (row["name"], row["length"]) not in timed]
+            found = {**self.header, "rows": [*rest, *self.rows]}
+            self.path.write_text(json.dumps(found, indent=1) + "\n")
+
+    table = Results(path)
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == table.header[key] for key in ("device", "torch", "triton")):
+            table.kept = tuple(row for row in old["rows"] if "ms" in row)
+    return table
+
+
+def verdict(rows: list[dict[str, Any]], lengths: Iterable[int]) -> None:
+    """Print what was asked of the backward beside what was found."""
+    times = {(row["name"], row["length"]): row["ms"] for row in rows if "ms" in row}
+    for length in lengths:
+        theirs = [times.get((f"SDPA {name} backward", length)) for name, _ in BACKENDS]
+        best = min((ms for ms in theirs if ms), default=None)
+        oracle, sparse = (times.get((f"{name} backward", length)) for name in ("oracle", "sparse layer"))
+        if best and oracle:
+            print(
+                f"{length}: oracle backward {oracle / best:.2f} times the better SDPA's (asked: at most 1.3)"
+            )
+        if best and sparse:
+            print(f"{length}: sparse layer backward {best / sparse:.2f} times as fast (asked: 2 at 32768)")
+
+
+def warm_up(args: argparse.Namespace) -> dict[str, int]:
+    """Run every section once, each in a process of its own; exit statuses by section."""
+    jobs = {}
+    for section in args.sections:
+        numbers = {"--lengths": args.lengths, "--batches": args.batches}
+        options = [str(x) for option, values in numbers.items() for x in (option, *values)]
+        command = [sys.executable, "-m", "benchmarks.kernels_backward", "--warm", "--sections", section]
+        jobs[section] = subprocess.Popen([*command, *options])
+    codes, end = {}, time.monotonic() + WARM_SECONDS
+    for section, job in jobs.items():
+        try:  # the check must finish; what the others leave out compiles later
+            codes[section] = job.wait(None if section == "check" else max(1.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+            codes[section] = job.wait()
+            print(f"{section}: warming took more than {WARM_SECONDS} s and was ended", file=sys.stderr)
+    return codes
+
+
+def measure(section: str, size: int, table: Any) -> None:
+    """One section at one length (or batch); if it breaks down outside of its rows, that is a row."""
+    try:
+        {"backward": backward, "training": training, "others": others}[section](size, table)
+    except Exception as error:
+        traceback.print_exc(limit=-6)
+        table.record(f"all of {section}", size, 0.0, failing(error))
+    with contextlib.suppress(RuntimeError):  # after an illegal access nothing works; the rows are saved
+        torch.cuda.empty_cache()
 
 
 PLOTTED = (
@@ -263,11 +415,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sections = ("backward", "training", "others")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8], help="rows of a training step")
-    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
-    parser.add_argument("--warm", action="store_true")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--warm", action="store_true", help="run once, time nothing")
+    parser.add_argument("--cold", action="store_true", help="compile as it goes, in one process")
     parser.add_argument("--json", type=Path, default=RESULTS / "kernels_backward.json")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -277,27 +429,22 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was timed", file=sys.stderr)
         return 2
-    if args.warm:
-        table: Any = Warm()
-        args.lengths, args.batches = args.lengths[:1], args.batches[:1]
-    else:
-        from benchmarks.check_kernels import Case, check_backward
-        from benchmarks.kernels import Table
-
-        shape = {"heads": H, "groups": G, "dim": D, "block": BLOCK, "window": WINDOW, "topk": 16}
-        bad, _ = check_backward(Case(length=1500, kind="packed", **shape))
-        if bad:
-            print("a check failed, so nothing is timed:", *bad, sep="\n  ", file=sys.stderr)
+    sections = [section for section in args.sections if section != "check"]
+    if args.warm or args.cold:
+        if "check" in args.sections and not check():
             return 1
-        table = Table(args.json)
-    for section in args.sections:
-        if section == "training":
-            for batch in args.batches:
-                training(batch, table)
-            continue
-        for length in args.lengths:
-            (backward if section == "backward" else others)(length, table)
-            torch.cuda.empty_cache()
+    elif warm_up(args).get("check"):
+        print("the check failed or broke down, so nothing is timed", file=sys.stderr)
+        return 1
+    if not sections:
+        return 0
+    table: Any = Warm() if args.warm else results(args.json)
+    for section in sections:
+        sizes = args.batches if section == "training" else args.lengths
+        for size in sizes[:1] if args.warm and section != "others" else sizes:
+            measure(section, size, table)
+    if not args.warm:
+        verdict(table.rows, args.lengths)
     return 0
 
 
