@@ -45,15 +45,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-EARLY_START = True
+EARLY_START = 1
 """Whether kernels of a decoding step are launched before their predecessors have ended, where the GPU can do that."""
 
 
 def early_start(device: torch.device) -> dict:
     """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`."""
     if not EARLY_START or not _can_start_early(device):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
+        return {"EARLY": 0}
+    return {"EARLY": EARLY_START, "launch_pdl": True}
 
 
 @functools.cache
@@ -166,23 +166,22 @@ def decode_splits(lines: int, steps: int, device: torch.device) -> int:
     return max(1, min(128, steps, -(-4 * processors(device) // lines)))
 
 
-def sparse_decode_tile(dtype: torch.dtype, dim: int) -> Tile:
-    """Sparse-layer decode."""
-    return Tile(1, 32 if dtype == torch.float32 or dim > 128 else 64, 4, 1 if dtype == torch.float32 else 2)
+def sparse_decode_tile(dtype: torch.dtype, dim: int, keys: int, device: torch.device) -> Tile:
+    """Sparse-layer decode; ``keys`` counts those of all rows and KV heads, and few of them want few launches' rounds."""
+    if dtype == torch.float32 or dim > 128:
+        return Tile(1, 32, 4, 1 if dtype == torch.float32 else 2)
+    return Tile(1, 128, 8, 2) if keys <= 128 * processors(device) else Tile(1, 64, 4, 2)
 
 
 def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.device) -> tuple[int, int]:
-    """Splits of a row's window and of its blocks: about eight programs per multiprocessor, each of one to four steps."""
-    per = max(1, min(4, (w_steps + s_steps) * lines // (8 * processors(device))), -(-(w_steps + s_steps) // 32))
+    """Splits of a row's window and of its blocks: about four programs per multiprocessor, each of one to eight steps."""
+    steps = w_steps + s_steps
+    per = max(1, min(8, -(-steps * lines // (4 * processors(device)))), -(-steps // 32))
     return -(-w_steps // per), -(-s_steps // per)
 
 
 MATVEC_ROWS = 1
 """Most rows of a product that our own kernel takes from cuBLAS; `benchmarks.end_to_end` times up to 16."""
-
-
-MATVEC_FETCH = 1024
-"""Columns of a matrix row that a product launched early brings into the L2 cache before its input is there."""
 
 
 def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:

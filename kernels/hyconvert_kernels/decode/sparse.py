@@ -212,12 +212,12 @@ def sparse_decode(
     groups = k_window.shape[1]
     ratio = heads // groups
     lines = batch * groups
-    tile = tile or sparse_decode_tile(q.dtype, dim)
     merge = indices is not None
     if indices is None:
         q_sparse, k, v, indices, gate, topk = q, k_window, v_window, q_offset, q, 0
     else:
         topk = indices.shape[3]
+    tile = tile or sparse_decode_tile(q.dtype, dim, lines * (window + topk * block_size), q.device)
     w_steps, s_steps = triton.cdiv(window, tile.keys), triton.cdiv(topk * block_size, tile.keys)
     splits = splits or sparse_decode_splits(w_steps, s_steps, lines, q.device)
     count = sum(splits)
