@@ -45,15 +45,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-EARLY_START = 1
+EARLY_START = True
 """Whether kernels of a decoding step are launched before their predecessors have ended, where the GPU can do that."""
 
 
 def early_start(device: torch.device) -> dict:
     """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`."""
     if not EARLY_START or not _can_start_early(device):
-        return {"EARLY": 0}
-    return {"EARLY": EARLY_START, "launch_pdl": True}
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 @functools.cache
@@ -184,9 +184,15 @@ MATVEC_ROWS = 1
 """Most rows of a product that our own kernel takes from cuBLAS; `benchmarks.end_to_end` times up to 16."""
 
 
-def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
-    """Product of up to 16 rows with a matrix; ``queries`` counts matrix rows per program, ``keys`` columns per step."""
-    keys = min(512 if rows == 1 else 256, max(16, 1 << (width - 1).bit_length()))
+def matvec_tile(dtype: torch.dtype, rows: int, width: int, count: int) -> Tile:
+    """Product of up to 16 rows with a matrix of ``count`` outputs; ``queries`` counts those per program, ``keys`` columns.
+
+    With tensor cores, every 16 matrix rows are one warp's.
+    """
     if dtype == torch.float32:
-        return Tile(8 if rows == 1 else 16, min(keys, 128), 4, 2)
-    return Tile(8, keys, 4, 4) if rows == 1 else Tile(16, keys, 4, 4)
+        return Tile(8 if rows == 1 else 16, min(128, max(16, 1 << (width - 1).bit_length())), 4, 2)
+    if rows == 1:
+        return Tile(8, min(1024, max(16, 1 << (width - 1).bit_length())), 4, 2)
+    if count >= 8192:
+        return Tile(64, 128, 4, 6)
+    return Tile(32, 128, 2, 6) if count >= 2048 else Tile(16, 128, 1, 6)
