@@ -147,7 +147,8 @@ def _queries(
 
 def _gate_logit(block: Block, fused: Tensor) -> Tensor:
     """[B, H, T], a view."""
-    return fused[..., -block.heads :].transpose(1, 2)
+    at = (block.heads + 2 * block.groups) * block.dim
+    return fused[..., at : at + block.heads].transpose(1, 2)
 
 
 def _settings(network: Network, block: Block, now: Pass) -> dict[str, Any]:

@@ -180,12 +180,12 @@ def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.d
     return -(-w_steps // per), -(-s_steps // per)
 
 
-MATVEC_ROWS = 1
-"""Most rows of a product that our own kernel takes from cuBLAS; `benchmarks.end_to_end` times up to 16."""
+MATVEC_ROWS = 16
+"""Most rows of a product that our own kernel takes from cuBLAS; at most 16."""
 
 
-def matvec_tile(dtype: torch.dtype, rows: int, width: int, count: int) -> Tile:
-    """Product of up to 16 rows with a matrix of ``count`` outputs; ``queries`` counts those per program, ``keys`` columns.
+def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
+    """Product of up to 16 rows with a matrix; ``queries`` counts matrix rows per program, ``keys`` columns per step.
 
     With tensor cores, every 16 matrix rows are one warp's.
     """
@@ -193,6 +193,4 @@ def matvec_tile(dtype: torch.dtype, rows: int, width: int, count: int) -> Tile:
         return Tile(8 if rows == 1 else 16, min(128, max(16, 1 << (width - 1).bit_length())), 4, 2)
     if rows == 1:
         return Tile(8, min(1024, max(16, 1 << (width - 1).bit_length())), 4, 2)
-    if count >= 8192:
-        return Tile(64, 128, 4, 6)
-    return Tile(32, 128, 2, 6) if count >= 2048 else Tile(16, 128, 1, 6)
+    return Tile(64, 64 if width <= 1024 else 128, 4, 8)

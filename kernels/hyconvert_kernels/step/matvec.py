@@ -61,7 +61,7 @@ def matvec(x, weight, bias, out, *, gated, tile: Tile | None = None):
     """Fill contiguous ``out [rows, N]`` of ``x [rows, K]`` and ``weight [N or 2 N, K]``, last strides 1."""
     rows, width = x.shape
     count = out.shape[1]
-    tile = tile or matvec_tile(x.dtype, rows, width, count)
+    tile = tile or matvec_tile(x.dtype, rows, width)
     _matvec[(triton.cdiv(count, tile.queries),)](
         x, weight, bias if bias is not None else out, out, rows, count, width, x.stride(0), weight.stride(0),
         M=1 if rows == 1 else 16, BN=tile.queries, BK=tile.keys, BIASED=bias is not None, GATED=gated,
