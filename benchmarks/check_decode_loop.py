@@ -166,7 +166,9 @@ def check_fp8(model: Any) -> list[str]:
             error = float((got - want).norm() / want.norm())
             if not error <= 1e-2:
                 wrong.append(f"FP8, {length} tokens, step {step}: relative RMS {error:.1e}")
-        if len(wrong) > NEW // 12:  # a key on the edge between two float8 may fall to either side, and choose a block
+        if (
+            len(wrong) > NEW // 12
+        ):  # a key on the edge between two float8 may fall to either side, and choose a block
             bad += wrong
     return bad
 

@@ -167,14 +167,14 @@ def decode_splits(lines: int, steps: int, device: torch.device) -> int:
 
 
 def sparse_decode_tile(dtype: torch.dtype, dim: int, keys: int, device: torch.device) -> Tile:
-    """Sparse-layer decode; ``keys`` counts those of all rows and KV heads, and few of them want few launches' rounds."""
+    """Sparse-layer decode; ``keys`` counts those of all rows and KV heads: few of them are best read at once."""
     if dtype == torch.float32 or dim > 128:
         return Tile(1, 32, 4, 1 if dtype == torch.float32 else 2)
     return Tile(1, 128, 8, 2) if keys <= 128 * processors(device) else Tile(1, 64, 4, 2)
 
 
 def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.device) -> tuple[int, int]:
-    """Splits of a row's window and of its blocks: about four programs per multiprocessor, each of one to eight steps."""
+    """Splits of a row's window and of its blocks: about four programs per multiprocessor, of one to eight steps."""
     steps = w_steps + s_steps
     per = max(1, min(8, -(-steps * lines // (4 * processors(device)))), -(-steps // 32))
     return -(-w_steps // per), -(-s_steps // per)

@@ -155,7 +155,7 @@ def _sparse_join(
     W_SPLITS: tl.constexpr, S_SPLITS: tl.constexpr, WP: tl.constexpr, SP: tl.constexpr, MAPPED: tl.constexpr,
     MERGE: tl.constexpr, BR: tl.constexpr, PREC: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Columns ``DC`` of one head: of one row with ``BR`` 1, where the map is multiplied out, else of as many by a dot."""
+    """Columns ``DC`` of one head: of one row with ``BR`` 1, its map multiplied out, else of as many rows by a dot."""
     chunks: tl.constexpr = (D + DC - 1) // DC
     head, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     full = tl.arange(0, DP)
@@ -205,8 +205,8 @@ def sparse_decode(
 ):  # fmt: skip
     """Fill contiguous ``out [B,H,1,d]``; ``gate`` is ``[B,H,1]`` (any strides), ``value_map`` contiguous.
 
-    Without ``indices`` there is the window branch alone. ``scales`` and ``window_scales`` are contiguous. ``splits`` are
-    those of the window and of the blocks; ``rows_per_program`` is 1 or 16, of the launch that applies the value map.
+    Without ``indices`` there is the window branch alone. ``scales`` and ``window_scales`` are contiguous. ``splits``
+    are those of the window and of the blocks; ``rows_per_program`` is 1 or 16, of the launch that applies the map.
     """
     batch, heads, _, dim = q.shape
     groups = k_window.shape[1]

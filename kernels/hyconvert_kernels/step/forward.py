@@ -163,7 +163,8 @@ def add_norm(x, residual, weight, eps, out, *, after):
     padded = triton.next_power_of_2(dim)
     _add_norm[(flat.shape[0],)](
         flat, residual if residual is not None else out, weight, out, eps, flat.stride(0),
-        D=dim, DP=padded, ADD=residual is not None, AFTER=after, num_warps=max(1, min(16, padded // 512)), **early_start(x.device),
+        D=dim, DP=padded, ADD=residual is not None, AFTER=after, num_warps=max(1, min(16, padded // 512)),
+        **early_start(x.device),
     )  # fmt: skip
 
 
@@ -173,7 +174,12 @@ def silu_mul(x, out):
     rows = out.numel() // width
     block = min(1024, triton.next_power_of_2(width))
     _silu_mul[(rows, triton.cdiv(width, block))](
-        x, out, width, 2 * width, BLOCK=block, num_warps=max(1, block // 256),
+        x,
+        out,
+        width,
+        2 * width,
+        BLOCK=block,
+        num_warps=max(1, block // 256),
         **early_start(x.device),
     )
 
