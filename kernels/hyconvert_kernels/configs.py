@@ -192,5 +192,7 @@ def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
     if dtype == torch.float32:
         return Tile(8 if rows == 1 else 16, min(128, max(16, 1 << (width - 1).bit_length())), 4, 2)
     if rows == 1:
-        return Tile(8, min(1024, max(16, 1 << (width - 1).bit_length())), 4, 2)
+        if width >= 4096:
+            return Tile(8, 1024, 4, 2)
+        return Tile(8, min(512, max(16, 1 << (width - 1).bit_length())), 4, 4)
     return Tile(64, 64 if width <= 1024 else 128, 4, 8)
