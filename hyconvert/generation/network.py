@@ -30,11 +30,12 @@ class Norm:
 
 @dataclass
 class Linear:
-    """A product `x W' + b`; `implementation` is the kernel's."""
+    """A product `x W' + b`; `implementation` is the kernel's, and the last `fill` rows of W are zeros."""
 
     weight: Tensor
     bias: Tensor | None = None
     implementation: str | None = None
+    fill: int = 0
 
     def __call__(self, x: Tensor, gated: bool = False) -> Tensor:
         return linear(x, self.weight, self.bias, gated=gated, implementation=self.implementation)
@@ -172,15 +173,16 @@ def join(layers: list[Any], implementation: str | None = None, multiple: int = 1
     """
     biases = [layer.bias for layer in layers]
     weight = _joint([layer.weight for layer in layers], multiple)
+    fill = len(weight) - sum(len(layer.weight) for layer in layers)
     if all(bias is None for bias in biases):
-        return Linear(weight, None, implementation)
+        return Linear(weight, None, implementation, fill)
     if all(bias is not None for bias in biases):
-        return Linear(weight, _joint(biases, multiple), implementation)
+        return Linear(weight, _joint(biases, multiple), implementation, fill)
     parts = [
         weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach()
         for layer in layers
     ]
-    return Linear(weight, _filled(parts, multiple), implementation)
+    return Linear(weight, _filled(parts, multiple), implementation, fill)
 
 
 def _joint(parameters: list[Any], multiple: int) -> Tensor:
