@@ -159,17 +159,12 @@ def check_fp8(model: Any) -> list[str]:
         mask[1, :9] = mask[2, : length // 2] = 0
         for loop in loops:
             loop.prefill(ids, mask)
-        wrong = []
         for step in range(NEW):
             fed = tokens(3, 1, seed=step)[:, 0].cuda()
             got, want = (loop.feed(fed).float() for loop in loops)
             error = float((got - want).norm() / want.norm())
-            if not error <= 1e-2:
-                wrong.append(f"FP8, {length} tokens, step {step}: relative RMS {error:.1e}")
-        if (
-            len(wrong) > NEW // 12
-        ):  # a key on the edge between two float8 may fall to either side, and choose a block
-            bad += wrong
+            if not error <= 1e-2:  # a key on the edge between two float8 may fall to either side
+                bad.append(f"FP8, {length} tokens, step {step}: relative RMS {error:.1e}")
     return bad
 
 

@@ -1,6 +1,6 @@
 """Quality against tokens of healing, a line for each healed row: KL on the way, and what was measured before and after.
 
-    python -m benchmarks.plot_healing benchmarks/results/healing.json docs/healing.svg
+    python -m benchmarks.plot_healing benchmarks/results/healing.json benchmarks/results/healing.svg
 
 Several files of rows may come before the plot's name. A row is called by its variant, with the tokens, the rate or the
 batch where one variant occurs with several. The base is the line at 0: perplexity is drawn as its rise over the

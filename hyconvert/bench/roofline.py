@@ -100,8 +100,8 @@ def _weights(network: Network, tokens: int) -> tuple[float, float]:
     """Weights that a pass of so many tokens reads, and those that one token is multiplied with."""
     read = active = float(network.head.weight.numel())
     for block in network.blocks:
-        inputs = block.inputs.weight[: len(block.inputs.weight) - block.inputs.fill]
-        own = inputs.numel() + block.output.weight.numel()
+        inputs = block.inputs.weight
+        own = inputs.numel() - block.inputs.fill * inputs.shape[1] + block.output.weight.numel()
         if block.attention is not None and block.attention.query_map is not None:
             own += 2 * block.attention.query_map.numel()
         loaded, used = _mlp_numbers(network, block, tokens)

@@ -192,12 +192,14 @@ def _joint(parameters: list[Any], multiple: int) -> Tensor:
         same = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         adjacent = adjacent and same and parameter.is_contiguous() and parameter.storage_offset() == at
         at += parameter.numel()
-    rows = _round_up(sum(parameter.shape[0] for parameter in parameters), multiple)
-    shape = (rows, *first.shape[1:])
-    whole = first.untyped_storage().nbytes() == math.prod(shape) * first.element_size()
-    if adjacent and whole and len(parameters) > 1:  # joined before
-        same_as_before: Tensor = first.detach().as_strided(shape, first.stride(), 0)
-        return same_as_before
+    count = sum(parameter.shape[0] for parameter in parameters)
+    shape = (_round_up(count, multiple), *first.shape[1:])
+    whole = (
+        first.untyped_storage().nbytes() == math.prod(shape) * first.element_size()
+    )  # zeros behind, as we put them
+    if adjacent and (shape[0] == count or whole) and len(parameters) > 1:  # joined before
+        known: Tensor = first.detach().as_strided(shape, first.stride(), first.storage_offset())
+        return known
     joint = _filled([parameter.detach() for parameter in parameters], multiple)
     at = 0
     for parameter in parameters:

@@ -180,8 +180,9 @@ def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.d
     return -(-w_steps // per), -(-s_steps // per)
 
 
-MATVEC_ROWS = 16
-"""Most rows of a product that our own kernel takes from cuBLAS; at most 16."""
+def matvec_rows(dtype: torch.dtype) -> int:
+    """Most rows of a product that our own kernel takes from cuBLAS; float32 of several rows was not timed."""
+    return 1 if dtype == torch.float32 else 16
 
 
 def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
@@ -189,10 +190,9 @@ def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
 
     With tensor cores, every 16 matrix rows are one warp's.
     """
+    power = max(16, 1 << (width - 1).bit_length())
     if dtype == torch.float32:
-        return Tile(8 if rows == 1 else 16, min(128, max(16, 1 << (width - 1).bit_length())), 4, 2)
+        return Tile(8 if rows == 1 else 16, min(128, power), 4, 2)
     if rows == 1:
-        if width >= 4096:
-            return Tile(8, 1024, 4, 2)
-        return Tile(8, min(512, max(16, 1 << (width - 1).bit_length())), 4, 4)
+        return Tile(8, 1024, 4, 2) if width >= 4096 else Tile(8, min(512, power), 4, 4)
     return Tile(64, 64 if width <= 1024 else 128, 4, 8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hyconvert.errors import HyconvertError, UnsupportedModelError
 from hyconvert.generation import Decoder, Sampling, generate
+from hyconvert.generation.network import read_network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from tests.modeling.tiny import FAMILY_NAMES, base_model, converted, mixed_model, plan_of, tokens
 
@@ -244,3 +245,13 @@ def test_a_fed_token_gives_its_own_logits_from_a_graph_after_a_second_prompt(
         for at in range(3):
             fed = tokens(1, 1, seed=at)[0]
             assert torch.equal(graphed.feed(fed), plain.feed(fed)), (length, at)
+
+
+def test_fused_inputs_are_filled_up_and_joined_once() -> None:
+    model = mixed_model(line="F S0 W F*4")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first, again = read_network(model).blocks[1].inputs, read_network(model).blocks[1].inputs
+    assert first.weight.shape[0] % 8 == 0 and first.fill == again.fill > 0
+    assert not first.weight[-first.fill :].any()
+    assert first.weight.data_ptr() == again.weight.data_ptr()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..configs import MATVEC_ROWS
+from ..configs import matvec_rows
 from ..dispatch import DTYPES, choose, on_device
 from ..fp8 import FP8, check_scales, fp8_problem
 from . import reference
@@ -57,18 +57,20 @@ def linear(
     bias: Tensor | None = None,
     *,
     gated: bool = False,
-    most_rows: int = MATVEC_ROWS,
+    most_rows: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """See `reference.linear`.
 
     Args:
-        most_rows: products of up to so many rows, at most 16, run on our kernel, and larger ones on PyTorch's.
+        most_rows: products of up to so many rows, at most 16, run on our kernel, and larger ones on PyTorch's; None is
+            as many as that is faster for.
     """
     if choose("linear", (x, weight, bias), implementation) == "reference":
         return reference.linear(x, weight, bias, gated=gated)
     rows = x.numel() // x.shape[-1]
-    if not 0 < rows <= min(most_rows, 16) or x.dtype not in DTYPES or weight.stride(-1) != 1:
+    most = matvec_rows(x.dtype) if most_rows is None else min(most_rows, 16)
+    if not 0 < rows <= most or x.dtype not in DTYPES or weight.stride(-1) != 1:
         out = torch.nn.functional.linear(x, weight, bias)
         return silu_mul(out, implementation=implementation) if gated else out
     from . import matvec
