@@ -25,6 +25,9 @@ TASKS = ("needle", "multivalue", "copy")
 SHORTEST = 1024
 """Tokens that a row needs for `mix_in` to put a prompt into it."""
 
+COPIED = 64
+"""Tokens of a passage that is repeated."""
+
 CUE = 8
 """Tokens of a repeated passage that are given before the rest counts as an answer."""
 
@@ -88,7 +91,7 @@ def make_prompts(
     questions: int = 4,
     decoys: int = 4,
     copies: int = 2,
-    copied: int = 64,
+    copied: int = COPIED,
     depths: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Prompts:
@@ -129,14 +132,15 @@ def make_prompts(
     )
 
 
-def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0) -> Tensor:
-    """Calibration text with some of its rows made into prompts, so that what looks things up is fitted on that too.
+def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, copies: int = 4) -> Tensor:
+    """Text with some of its rows made into prompts, so that what looks things up is fitted on that too.
 
     Args:
         text: [N, T] int64 tokens of running text.
         tokenizer: a transformers tokenizer.
         share: of the rows that become prompts, spread evenly. Rows of fewer than `SHORTEST` tokens stay as they are.
         seed: of the prompts.
+        copies: passages that each prompt repeats.
     """
     if text.shape[1] < SHORTEST:
         return text
@@ -144,7 +148,7 @@ def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0) -> Tensor:
     if not rows:
         return text
     mixed = text.clone()
-    mixed[rows] = make_prompts(text[rows], tokenizer, copies=4, seed=seed + 1_000_003).tokens
+    mixed[rows] = make_prompts(text[rows], tokenizer, copies=copies, seed=seed + 1_000_003).tokens
     return mixed
 
 

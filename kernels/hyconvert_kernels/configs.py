@@ -49,11 +49,21 @@ EARLY_START = True
 """Whether kernels of a decoding step are launched before their predecessors have ended, where the GPU can do that."""
 
 
-def early_start(device: torch.device) -> dict:
-    """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`."""
+LET_NEXT_START = True
+"""Whether kernels that may do so let their successors start as soon as they themselves have; see `early_start`."""
+
+
+def early_start(device: torch.device, *, let_next: bool = True) -> dict:
+    """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`.
+
+    Args:
+        device: to launch on.
+        let_next: whether the successor may take its place on the GPU once all programs of this kernel have begun,
+            and not only as they end. It gets no time where it waits, but registers and shared memory.
+    """
     if not EARLY_START or not _can_start_early(device):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
+        return {"EARLY": 0}
+    return {"EARLY": 2 if let_next and LET_NEXT_START else 1, "launch_pdl": True}
 
 
 @functools.cache
@@ -162,8 +172,12 @@ def decode_tile(dtype: torch.dtype, dim: int) -> Tile:
 
 
 def decode_splits(lines: int, steps: int, device: torch.device) -> int:
-    """Splits of a row's keys: about four programs per multiprocessor, at most one per step and 128."""
-    return max(1, min(128, steps, -(-4 * processors(device) // lines)))
+    """Splits of a row's keys, of which each costs a little: as few as fill the GPU, or where the rows alone nearly do,
+    enough that no multiprocessor waits long for the last ones."""
+    count = processors(device)
+    if lines < count:
+        return max(1, min(128, steps, -(-4 * count // lines)))
+    return max(1, min(128, steps // 16, -(-32 * count // lines)))
 
 
 def sparse_decode_tile(dtype: torch.dtype, dim: int, keys: int, device: torch.device) -> Tile:
@@ -194,5 +208,5 @@ def matvec_tile(dtype: torch.dtype, rows: int, width: int) -> Tile:
     if dtype == torch.float32:
         return Tile(8 if rows == 1 else 16, min(128, power), 4, 2)
     if rows == 1:
-        return Tile(8, 1024, 4, 2) if width >= 4096 else Tile(8, min(512, power), 4, 4)
+        return Tile(8, 1024, 4, 2) if width >= 4096 else Tile(4, min(512, power), 4, 4)
     return Tile(64, 64 if width <= 1024 else 128, 4, 8)

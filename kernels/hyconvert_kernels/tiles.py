@@ -23,6 +23,8 @@ def await_inputs(EARLY: tl.constexpr):
 
     What stands before may read weights only: all else may not be written yet, or still be read by somebody else.
     """
+    if EARLY == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if EARLY:
         tl.extra.cuda.gdc_wait()
 

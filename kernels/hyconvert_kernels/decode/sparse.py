@@ -226,7 +226,7 @@ def sparse_decode(
     part, part_lse = empty_like_parts(q, 0 if direct else lines * count * padded_ratio, dim)
     ring = window_offset is None
     padded = triton.next_power_of_2(dim)
-    early = early_start(q.device)
+    early = early_start(q.device, let_next=False)  # slower with, at two rows and more
     window_arguments = dict(zip(("W_K_SCALE", "W_V_SCALE"), window_scales or (None, None), strict=True))
     _sparse_split[(count, lines)](
         q, k_window, v_window, q_sparse, k, v, indices, out, part, part_lse,
