@@ -71,6 +71,12 @@ def _can_start_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def _shared_kib(device: torch.device) -> int:
+    """Shared memory that a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >> 10
+
+
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Element strides of all but the last dimension, which must be contiguous."""
     return x.stride()[:3]
@@ -164,11 +170,16 @@ def sparse_grad_kv_tile(dtype: torch.dtype, dim: int, block_size: int) -> Tile:
     return Tile(64, keys, 4, 2) if dim <= 64 else Tile(128, keys, 8, 2)
 
 
-def decode_tile(dtype: torch.dtype, dim: int) -> Tile:
-    """Full-layer decode: bytes bound, so deep pipelines and small tiles."""
+def decode_tile(dtype: torch.dtype, dim: int, lines: int, device: torch.device) -> Tile:
+    """Full-layer decode of so many rows times KV heads: bytes bound, so deep pipelines; small tiles for few rows."""
     if dtype == torch.float32:
         return Tile(1, 32, 4, 1)
-    return Tile(1, 64 if dim <= 128 else 32, 4, 3)
+    if dim > 128:
+        return Tile(1, 32, 4, 3)
+    wide = (
+        dim == 128 and lines >= processors(device) and _can_start_early(device) and _shared_kib(device) >= 200
+    )
+    return Tile(1, 128, 8, 3) if wide else Tile(1, 64, 4, 3)
 
 
 def decode_splits(lines: int, steps: int, device: torch.device) -> int:

@@ -157,7 +157,7 @@ def oracle_decode(
     batch, heads, _, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
-    tile = tile or decode_tile(q.dtype, dim)
+    tile = tile or decode_tile(q.dtype, dim, batch * groups, q.device)
     scored = indices is not None
     keys = max(tile.keys, block_size) if scored else tile.keys
     block_size = block_size if scored else keys
