@@ -505,7 +505,7 @@ def arguments() -> Any:
     parser.add_argument("--qwen-steps", type=int, default=20)
     parser.add_argument("--qwen-length", type=int, default=4096)
     parser.add_argument("--qwen-batch", type=int, default=32_768)
-    parser.add_argument("--limit", type=float, default=150, help="seconds that one run may take")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one run may take")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--work", type=Path, help="folder to work in, kept; none is a temporary one")
