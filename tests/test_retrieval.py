@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyconvert.errors import DataError
-from hyconvert.retrieval import TASKS, by_task, make_prompts, mix_in, score_answers
+from hyconvert.retrieval import COPIED, TASKS, by_task, make_prompts, mix_in, score_answers
 
 
 @pytest.fixture
@@ -72,6 +72,19 @@ def test_only_a_share_of_long_rows_becomes_prompts(text: torch.Tensor, tiny_toke
     assert changed == [False, True, False, True]
     assert torch.equal(mix_in(rows, tiny_tokenizer, 0.0), rows)
     assert torch.equal(mix_in(rows[:, :512], tiny_tokenizer, 1.0), rows[:, :512])
+
+
+def test_mixed_in_prompts_repeat_as_many_passages_as_they_are_told(
+    text: torch.Tensor, tiny_tokenizer: Any
+) -> None:
+    for copies in (4, 7):
+        mixed = mix_in(text[:1], tiny_tokenizer, 1.0, copies=copies)[0].tolist()
+        passages = [
+            mixed[-at - COPIED : len(mixed) - at] for at in range(0, copies * (COPIED + 1), COPIED + 1)
+        ]
+        body = mixed[: -copies * (COPIED + 1)]
+        windows = {tuple(body[i : i + COPIED]) for i in range(len(body))}
+        assert all(tuple(passage) in windows for passage in passages)
 
 
 def test_no_room_and_too_many_facts_are_refused(text: torch.Tensor, tiny_tokenizer: Any) -> None:

@@ -49,10 +49,6 @@ EARLY_START = True
 """Whether kernels of a decoding step are launched before their predecessors have ended, where the GPU can do that."""
 
 
-LET_NEXT_START = True
-"""Whether kernels that may do so let their successors start as soon as they themselves have; see `early_start`."""
-
-
 def early_start(device: torch.device, *, let_next: bool = True) -> dict:
     """Keyword arguments of a launch by CUDA's programmatic dependent launch, for kernels that `await_inputs`.
 
@@ -63,7 +59,7 @@ def early_start(device: torch.device, *, let_next: bool = True) -> dict:
     """
     if not EARLY_START or not _can_start_early(device):
         return {"EARLY": 0}
-    return {"EARLY": 2 if let_next and LET_NEXT_START else 1, "launch_pdl": True}
+    return {"EARLY": 2 if let_next else 1, "launch_pdl": True}
 
 
 @functools.cache
@@ -72,9 +68,13 @@ def _can_start_early(device: torch.device) -> bool:
 
 
 @functools.cache
-def _shared_kib(device: torch.device) -> int:
-    """Shared memory that a program may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >> 10
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have on a CUDA device; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    from triton.runtime import driver
+
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -176,19 +176,19 @@ def decode_tile(dtype: torch.dtype, dim: int, lines: int, device: torch.device) 
         return Tile(1, 32, 4, 1)
     if dim > 128:
         return Tile(1, 32, 4, 3)
-    wide = (
-        dim == 128 and lines >= processors(device) and _can_start_early(device) and _shared_kib(device) >= 200
-    )
-    return Tile(1, 128, 8, 3) if wide else Tile(1, 64, 4, 3)
+    if dim == 128 and lines >= processors(device) and shared_memory(device) >= 200 << 10:
+        return Tile(1, 128, 8, 3)
+    return Tile(1, 64, 4, 3)
 
 
 def decode_splits(lines: int, steps: int, device: torch.device) -> int:
-    """Splits of a row's keys, of which each costs a little: as few as fill the GPU, or where the rows alone nearly do,
-    enough that no multiprocessor waits long for the last ones."""
+    """Splits of a row's keys, of which each costs a little: as few as fill the GPU with four programs per
+    multiprocessor, and where the rows alone fill it, enough that none waits long for the last of them."""
     count = processors(device)
-    if lines < count:
-        return max(1, min(128, steps, -(-4 * count // lines)))
-    return max(1, min(128, steps // 16, -(-32 * count // lines)))
+    splits = -(-4 * count // lines)
+    if lines >= count:
+        splits = max(splits, min(steps // 16, -(-32 * count // lines)))
+    return max(1, min(128, steps, splits))
 
 
 def sparse_decode_tile(dtype: torch.dtype, dim: int, keys: int, device: torch.device) -> Tile:

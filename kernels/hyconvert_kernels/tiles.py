@@ -21,6 +21,7 @@ FP8_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
 def await_inputs(EARLY: tl.constexpr):
     """Wait for the kernels before this one, if it was launched early (see `configs.early_start`); first thing in it.
 
+    ``EARLY`` is 0 if it was not, and 2 if the next kernel may start, and wait in its turn, at once.
     What stands before may read weights only: all else may not be written yet, or still be read by somebody else.
     """
     if EARLY == 2:

@@ -15,9 +15,9 @@ from triton.compiler import ASTSource
 from hyconvert_kernels.decode import full, sparse
 from hyconvert_kernels.step import forward, matvec
 
-def check(kernel, types, **constants):
+def check(kernel, types, early=2, **constants):
     names = [parameter.name for parameter in kernel.params]
-    constants = {"EARLY": True} | constants
+    constants = {"EARLY": early} | constants
     constants |= {name: None for name in SCALES if name in names and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -45,13 +45,14 @@ for kind in (decode, fp8):
     check(full._split, kind, SCORE=True, **size)
     for splits in ((1, 0), (1, 2)):
         parts = {"W_SPLITS": splits[0], "S_SPLITS": splits[1], "DIRECT": splits[1] == 0}
-        check(sparse._sparse_split, kind, RP=2, RING=False, **parts, **size)
-join = {"G": 2, "R": 2, "RP": 2, "D": 64, "DP": 64, "EARLY": True}
+        check(sparse._sparse_split, kind, early=1, RP=2, RING=False, **parts, **size)
+check(full._split, decode, SCORE=True, **(size | {"D": 128, "DP": 128, "BN": 128, "STAGES": 3}))  # many rows
+join = {"G": 2, "R": 2, "RP": 2, "D": 64, "DP": 64}
 check(full._join, decode | {"LSE": "*fp32"}, BLOCK=64, SP=4, KP=8, N=128, **join)
 parts = {"W_SPLITS": 1, "S_SPLITS": 2, "WP": 1, "SP": 2, "DC": 32, "PREC": "ieee"}
 for rows in (1, 16):
-    check(sparse._sparse_join, decode, MAPPED=True, MERGE=True, BR=rows, **parts, **join)
-check(sparse._sparse_join, decode, MAPPED=False, MERGE=True, BR=1, **parts, **join)
+    check(sparse._sparse_join, decode, early=1, MAPPED=True, MERGE=True, BR=rows, **parts, **join)
+check(sparse._sparse_join, decode, early=1, MAPPED=False, MERGE=True, BR=1, **parts, **join)
 check(forward._add_norm, types, D=96, DP=128, ADD=True, AFTER=False)
 for rows in (1, 16):
     check(matvec._matvec, types, M=rows, BN=16, BK=64, BIASED=True, GATED=True, PREC="ieee", STAGES=2)

@@ -9,6 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 import hyconvert_kernels as kernels
+from hyconvert_kernels import configs
+from hyconvert_kernels.configs import Tile
+from hyconvert_kernels.decode import full
 from hyconvert_kernels.sparse.union import build_union, transpose_union
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +77,25 @@ def test_decode_equals_the_reference():
         kernels.sparse_decode, q, k, v, q, k, v, indices, offset, start, gate, value_map=value_map,
         window_offset=offset, window_start=start, **BLOCKED,
     )  # fmt: skip
+
+
+def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(monkeypatch):
+    q, k, v, offset, start = inputs("static cache", length=1)
+    k, v = (x.nan_to_num().repeat(1, 1, 4, 1) for x in (k, v))
+    offset += 150
+    monkeypatch.setattr(full, "decode_tile", lambda *_: Tile(1, 64, 4, 1))
+    for splits in (1, 3):
+        monkeypatch.setattr(full, "decode_splits", lambda *_, splits=splits: splits)
+        both(kernels.oracle_decode, q, k, v, offset, start, topk=3, **BLOCKED)
+
+
+def test_long_caches_are_split_though_their_rows_fill_the_gpu(monkeypatch):
+    monkeypatch.setattr(configs, "processors", lambda _: 132)
+    device = torch.device("cpu")
+    assert configs.decode_splits(8, 2048, device) == 66  # one row of 128k tokens
+    assert configs.decode_splits(904, 256, device) == 5  # 113 rows of 32k
+    assert configs.decode_splits(904, 8, device) == 1  # of 1k
+    assert configs.decode_splits(8, 4, device) == 4  # never more splits than steps
 
 
 def test_selections_may_be_in_any_order_and_name_a_block_twice_or_beyond_the_keys():
