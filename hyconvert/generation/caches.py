@@ -93,6 +93,15 @@ class Caches:
         part = None if scales is None else (scales[0][rows], scales[1][rows])
         return KV(self.keys[index][rows], self.values[index][rows], part)
 
+    def copy_(self, other: Caches) -> None:
+        """Take over what other caches of the same shapes hold."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+
+    def _tensors(self) -> list[Tensor]:
+        scales = [scale for pair in self.scales for scale in pair or ()]
+        return [*self.keys, *self.values, *scales]
+
     def fill(self, seed: int = 0) -> None:
         """Put random numbers everywhere, to time decoding at a length without reading a text of it."""
         generator = torch.Generator(self.keys[0].device).manual_seed(seed)
