@@ -21,8 +21,8 @@ from hyconvert.generation.attention import DenseWay
 from hyconvert.generation.network import Network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 
-RESERVE = 3 << 30
-"""Bytes that the largest batch leaves free on a GPU: to read a prompt of 32k tokens (2.3 GiB), and for the step."""
+RESERVE = 2 << 30
+"""Bytes that the largest batch leaves free on a GPU: to read a prompt of 32k tokens (1.5 GiB), and for the step."""
 
 
 @dataclass(frozen=True)

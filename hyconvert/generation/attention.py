@@ -35,6 +35,9 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
+MAPPED_TOKENS = 8192
+"""Tokens of a prompt that a value map is applied to at a time."""
+
 
 class Selected(NamedTuple):
     """What a full layer leaves for its readers: its keys and values, the blocks, and their union per tile."""
@@ -102,18 +105,18 @@ def attend(
         [B, T, D], or with `last_only` perhaps [B, 1, D].
     """
     block = network.blocks[index]
-    fused = block.inputs(x)
-    if block.flat_norm:
-        fused = _normed_whole(block, fused, now)
     if x.shape[1] == 1:
-        out = _decode(network, index, x, fused, cache, now)
-    else:
-        out = _prefill(network, index, x, fused, cache, now, last_only)
+        out = _decode(network, index, x, _fused(block, x, now), cache, now)
+    else:  # of a long prompt the fused projection is large, and given away so that `_prefill` can let go of it
+        out = _prefill(network, index, x, _fused(block, x, now), cache, now, last_only)
     return block.output(out.transpose(1, 2).flatten(2))
 
 
-def _normed_whole(block: Block, fused: Tensor, now: Pass) -> Tensor:
-    """The fused projection with q and k normalised over all their heads, as OLMo2 does."""
+def _fused(block: Block, x: Tensor, now: Pass) -> Tensor:
+    """The fused projection; with q and k normalised over all their heads where the model does that, as OLMo2."""
+    fused = block.inputs(x)
+    if not block.flat_norm:
+        return fused
     assert block.q_norm is not None and block.k_norm is not None
     ends = block.heads * block.dim, (block.heads + block.groups) * block.dim
     q, k, rest = fused.tensor_split(ends, -1)
@@ -230,8 +233,11 @@ def _prefill(
         q, query = _queries(block, fused, k, None, now, False)
         at = (block.heads + block.groups) * block.dim
         v = fused[..., at : at + block.groups * block.dim].unflatten(-1, (-1, block.dim)).transpose(1, 2)
+        v = v.contiguous()
         _fill_ring(keys, k)
         _fill_ring(values, v)
+    gate = _gate_logit(block, fused).contiguous() if block.source is not None and block.merges else None
+    del fused
     settings = _settings(network, block, now)
     where = now.offset, now.start
     if block.kind == "full" and last_only and not block.scored:
@@ -246,9 +252,10 @@ def _prefill(
     source = now.selected[block.source]
     k_far, v_far = (k, v) if block.kind == "reuse" else source.cache[:2]
     far = block_sparse_attention(query, k_far, v_far, source.indices, *where, union=source.union, **settings)
+    del query
     far = _far_branch(block, far)
-    if block.merges:
-        return merged_window_attention(q, k, v, *where, *far, _gate_logit(block, fused), **near)
+    if gate is not None:
+        return merged_window_attention(q, k, v, *where, *far, gate, **near)
     branch = with_sink(*window_attention(q, k, v, *where, **near), block.attention.window_sink)
     return _mix(block, x, branch, far, now)
 
@@ -277,10 +284,11 @@ def _prefill_full(
 
 
 def _far_branch(block: Block, far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sparse branch with its sink and its value map."""
+    """The sparse branch with its sink, and its value map applied in place, a piece of the tokens at a time."""
     out, lse = with_sink(*far, block.attention.sparse_sink)
     if block.attention.value_map is not None:
-        out = out @ block.attention.value_map.transpose(1, 2)
+        for part in out.split(MAPPED_TOKENS, 2):
+            part.copy_(part @ block.attention.value_map.transpose(1, 2))
     return out, lse
 
 

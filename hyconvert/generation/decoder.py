@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -291,21 +292,33 @@ class Decoder:
         seed = torch.cuda.get_rng_state(self.network.device)
         stream = _warm_up_stream(self.network.device)
         stream.wait_stream(torch.cuda.current_stream(self.network.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
+        with _cublaslt():
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+                    for x, old in zip(state, kept, strict=True):
+                        x.copy_(old)
+            torch.cuda.current_stream(self.network.device).wait_stream(stream)
+            torch.cuda.set_rng_state(seed, self.network.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._step()
-                for x, old in zip(state, kept, strict=True):
-                    x.copy_(old)
-        torch.cuda.current_stream(self.network.device).wait_stream(stream)
-        torch.cuda.set_rng_state(seed, self.network.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
         self._graph = graph
 
     def forget_graph(self) -> None:
         """Capture anew at the next step, after `dense` was changed."""
         self._graph = None
+
+
+@contextlib.contextmanager
+def _cublaslt() -> Iterator[None]:
+    """Products by cuBLASLt: of some hundred rows it splits long ones better (Qwen3-8B's down: 41 us instead of 46)."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 @functools.cache

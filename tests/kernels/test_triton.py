@@ -79,11 +79,12 @@ def test_decode_equals_the_reference():
     )  # fmt: skip
 
 
-def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(monkeypatch):
+@pytest.mark.parametrize("bulk", [False, True])
+def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(monkeypatch, bulk):
     q, k, v, offset, start = inputs("static cache", length=1)
     k, v = (x.nan_to_num().repeat(1, 1, 4, 1) for x in (k, v))
     offset += 150
-    monkeypatch.setattr(full, "decode_tile", lambda *_: Tile(1, 64, 4, 1))
+    monkeypatch.setattr(full, "decode_tile", lambda *_: Tile(1, 64, 4, 1, bulk=bulk))
     for splits in (1, 3):
         monkeypatch.setattr(full, "decode_splits", lambda *_, splits=splits: splits)
         both(kernels.oracle_decode, q, k, v, offset, start, topk=3, **BLOCKED)
