@@ -108,12 +108,20 @@ class Run:
         )  # fmt: skip
 
     def profile(self, subjects: list[Subject], *pairs: tuple[int, int]) -> None:
-        """Kernels of a step by time, if that was asked for: at the end, for the profiler may slow what comes after."""
+        """Kernels of a step by time, if that was asked for: at the end, for the profiler may slow what comes after.
+
+        The largest batches are among them.
+        """
         if self.profiles is None:
             return
 
         def measure(bench: Bench) -> None:
-            for batch, context in pairs:
+            largest = [
+                (row.batch, row.context)
+                for row in self.report.rows
+                if (row.model, row.what) == (bench.name, "throughput") and row.error is None
+            ]
+            for batch, context in (*pairs, *largest):
                 self._profile(bench, batch, context)
 
         for subject in subjects:
