@@ -174,7 +174,9 @@ class Selections:
         found = self._decode(q, k, v, *where, topk=topk, scales=scales, **settings)
         self.indices[settings["implementation"]].append(found[2][:, :, 0])
         if settings["implementation"] == "reference":
-            plain = [dequantise_rows(x, scale, torch.float32) for x, scale in zip((k, v), scales, strict=True)]
+            plain = [
+                dequantise_rows(x, scale, torch.float32) for x, scale in zip((k, v), scales, strict=True)
+            ]
             scores = oracle_attention(q, *plain, *where, with_scores=True, **settings)[2][:, :, 0]
             best = torch.nn.functional.pad(scores, (0, topk + 1)).sort(-1, descending=True).values
             self.gaps.append(1 - best[..., topk] / best[..., topk - 1].clamp_min(1e-30))
@@ -183,9 +185,13 @@ class Selections:
     def differ(self, layers: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [B] whose latest selections differ anywhere, and those where they do though it was no close call."""
         pairs = zip(*(self.indices[name][-layers:] for name in ("triton", "reference")), strict=True)
-        other = torch.stack([(mine.sort(-1).values != theirs.sort(-1).values).any(-1) for mine, theirs in pairs])
+        other = torch.stack(
+            [(mine.sort(-1).values != theirs.sort(-1).values).any(-1) for mine, theirs in pairs]
+        )
         clear = other & (torch.stack(self.gaps[-layers:]) > CLOSE)
-        first = other.any(-1).cumsum(0).cumsum(0) <= 1  # what comes behind a row's first difference follows from it
+        first = (
+            other.any(-1).cumsum(0).cumsum(0) <= 1
+        )  # what comes behind a row's first difference follows from it
         return other.any(-1).any(0), (clear.any(-1) & first).any(0)
 
 

@@ -159,7 +159,12 @@ def scale_arguments(scales):
 def bulk_arguments(k, v, keys, tile: Tile):
     """Descriptors of the caches for bulk copies of ``keys`` rows, where the tile wants them and they can be had."""
     slots, dim = k.shape[2:]
-    if not tile.bulk or dim != triton.next_power_of_2(dim) or not (k.is_contiguous() and v.is_contiguous()) or k.numel() // dim >= 2**31:
+    if (
+        not tile.bulk
+        or dim != triton.next_power_of_2(dim)
+        or not (k.is_contiguous() and v.is_contiguous())
+        or k.numel() // dim >= 2**31
+    ):
         return {}
     from triton.tools.tensor_descriptor import TensorDescriptor
 
