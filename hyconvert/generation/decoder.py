@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -255,6 +254,7 @@ class Decoder:
             if index == last:  # nothing but the last token is wanted from here on
                 out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
             x, residual = self._norm(out, residual, block.between)
+            del out  # of a long prompt as large as x
             x = block.mlp(x)
             if block.behind is not None:
                 x, residual = self._norm(x, residual, block.behind)
@@ -292,33 +292,21 @@ class Decoder:
         seed = torch.cuda.get_rng_state(self.network.device)
         stream = _warm_up_stream(self.network.device)
         stream.wait_stream(torch.cuda.current_stream(self.network.device))
-        with _cublaslt():
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._step()
-                    for x, old in zip(state, kept, strict=True):
-                        x.copy_(old)
-            torch.cuda.current_stream(self.network.device).wait_stream(stream)
-            torch.cuda.set_rng_state(seed, self.network.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+        with torch.cuda.stream(stream):
+            for _ in range(2):
                 self._step()
+                for x, old in zip(state, kept, strict=True):
+                    x.copy_(old)
+        torch.cuda.current_stream(self.network.device).wait_stream(stream)
+        torch.cuda.set_rng_state(seed, self.network.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
         self._graph = graph
 
     def forget_graph(self) -> None:
         """Capture anew at the next step, after `dense` was changed."""
         self._graph = None
-
-
-@contextlib.contextmanager
-def _cublaslt() -> Iterator[None]:
-    """Products by cuBLASLt: of some hundred rows it splits long ones better (Qwen3-8B's down: 41 us instead of 46)."""
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from hyconvert.errors import HealError
+from hyconvert.heal.checks import is_fsdp
 from hyconvert.heal.models import parameter_groups
 from hyconvert.heal.objective import GateShares, Healing
 from hyconvert.heal.states import States
@@ -139,6 +141,18 @@ class Engine:
                         self._start_clock()
         return self.record
 
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision under FSDP2, whose model Accelerate leaves without; it wraps every other one itself.
+
+        Without a cache, which would keep a cast copy of every layer's weights on every GPU.
+        """
+        from accelerate.utils import AutocastKwargs
+
+        if not is_fsdp(self.accelerator):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        return context
+
     def _save(self, step: int) -> None:
         if self.states is not None:
             self.states.save(step, asdict(self.record), self.named, self.optimizer.optimizer)
@@ -160,7 +174,8 @@ class Engine:
         for index, piece in enumerate(pieces):
             batch = self._to_device(self.train.batch(piece, stage.sequence_length))
             with _maybe_no_sync(self.accelerator, self.model, index + 1 < len(pieces)):
-                sums = self.model(batch, stage, layerwise=run.name == "layerwise")
+                with self._autocast():
+                    sums = self.model(batch, stage, layerwise=run.name == "layerwise")
                 self.accelerator.backward(sums.loss * scale)
             self._sums[:3] += torch.stack([part.detach() for part in sums[:3]])
             self._sums[3] += len(batch.labels)
@@ -224,7 +239,8 @@ class Engine:
         with GateShares(self.student) as shares:
             for rows in self._pieces(np.arange(len(self.held) // length), length):
                 batch = self._to_device(self.held.batch(rows, length))
-                sums += torch.stack([*self.model(batch, plain, measure=True)])
+                with self._autocast():
+                    sums += torch.stack([*self.model(batch, plain, measure=True)])
                 count += len(batch.labels)
         self.model.train()
         _, kl, nll, base = (float(value) / max(1, count) for value in sums.tolist())
@@ -307,6 +323,4 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _maybe_no_sync(accelerator: Any, model: Any, hold: bool) -> Any:
-    from contextlib import nullcontext
-
     return accelerator.no_sync(model) if hold else nullcontext()

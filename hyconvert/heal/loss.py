@@ -103,7 +103,7 @@ class _Distillation(torch.autograd.Function):
                 if grad_weight is not None:
                     grad_weight += grad.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
-        loss, kl, nll, teacher_nll = sums.unbind()
+        loss, kl, nll, teacher_nll = (x.clone() for x in sums)  # FSDP2 warns of views
         ctx.mark_non_differentiable(kl, nll, teacher_nll)
         return loss, kl, nll, teacher_nll
 

@@ -37,19 +37,6 @@ class Healing(nn.Module):
         """The base, or None."""
         return self._teacher[0]
 
-    # What FSDP asks a transformers model for.
-    def get_input_embeddings(self) -> Any:
-        """The student's."""
-        return self.student.get_input_embeddings()
-
-    def get_output_embeddings(self) -> Any:
-        """The student's."""
-        return self.student.get_output_embeddings()
-
-    def tie_weights(self) -> None:
-        """The student's."""
-        self.student.tie_weights()
-
     def forward(self, batch: Batch, stage: Stage, layerwise: bool = False, measure: bool = False) -> Sums:
         """Sums over the batch's predictions.
 

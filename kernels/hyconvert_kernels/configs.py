@@ -19,7 +19,6 @@ class Tile:
         per_sm: resident programs per multiprocessor, for persistent kernels.
         registers: cap per thread, or None.
         precision: of float32 products ("ieee"; ignored for 16-bit inputs).
-        bulk: whether tensor descriptors read the keys (Hopper's bulk copies), where the kernel can.
     """
 
     queries: int
@@ -29,7 +28,6 @@ class Tile:
     per_sm: int = 1
     registers: int | None = None
     precision: str = "ieee"
-    bulk: bool = False
 
     def programs(self, device: torch.device) -> int:
         """Size of a persistent grid."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hyconvert.conversion import convert
 from hyconvert.heal import heal
 from tests.conftest import ROOT
 
@@ -32,6 +33,21 @@ def dying(self, run, number):
         os.kill(os.getpid(), signal.SIGKILL)
 Engine._step = dying
 """
+ON_A_CPU = """
+from accelerate import state
+from accelerate.utils import DistributedType
+from hyconvert.heal.engine import Engine
+prepare, build = state.AcceleratorState.__init__, Engine.__init__
+def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+    prepare(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    self.fsdp_plugin = fsdp_plugin or getattr(self, "fsdp_plugin", None)
+    self.distributed_type = state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+def sharded(self, *args):
+    build(self, *args)
+    assert all(hasattr(parameter, "full_tensor") for parameter in self.parameters)
+state.AcceleratorState.__init__, Engine.__init__ = with_fsdp, sharded
+"""
+"""Accelerate takes FSDP for a matter of GPUs, and DDP on a CPU without a word."""
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -46,7 +62,7 @@ def two_processes(
     arguments: list[str], tmp_path: Path, extra: dict[str, str], before: str = ""
 ) -> subprocess.CompletedProcess[bytes]:
     script = tmp_path / "heal.py"
-    script.write_text(before + HEAL)
+    script.write_text((ON_A_CPU if extra is FSDP else "") + before + HEAL)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -74,6 +90,27 @@ def test_two_processes_have_the_loss_curve_of_one(
     two = json.loads((tmp_path / "two" / "heal.json").read_text())
     assert two["processes"] == 2
     curves(one, two)
+
+
+def test_fsdp2_trains_tied_embeddings_in_bfloat16_as_one_process_does(
+    tiny_base: Callable[..., Path], recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    converted = tmp_path / "converted"
+    base = tiny_base("llama", tie_word_embeddings=True)
+    convert(base, converted, plan="F S0 W F", align_layers=False, block_size=4, topk=2, window=8)
+    chosen = recipe(precision="bf16", micro_tokens=32)
+    done = two_processes([str(converted), str(tmp_path / "two"), chosen.model_dump_json()], tmp_path, FSDP)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    two = json.loads((tmp_path / "two" / "heal.json").read_text())
+    one, exact = (
+        heal(converted, tmp_path / name, changed, device="cpu").to_dict()
+        for name, changed in (("one", chosen), ("exact", recipe(precision="fp32", micro_tokens=32)))
+    )
+    first = [report["curve"][0]["loss"] for report in (one, two, exact)]
+    assert first[1] == pytest.approx(first[0], rel=1e-5)
+    assert first[1] != pytest.approx(first[2], rel=1e-5)
+    losses = [[row["loss"] for row in report["curve"]] for report in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("extra", [{}, FSDP], ids=["DDP", "FSDP2"])

@@ -23,7 +23,7 @@ def check(kernel, types, early=2, **constants):
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
-SCALES = "K_SCALE V_SCALE SLOTS W_K_SCALE W_V_SCALE K_BULK V_BULK".split()
+SCALES = "K_SCALE V_SCALE SLOTS W_K_SCALE W_V_SCALE".split()
 pointers = "X Q_NORM K_NORM MAP Q QS K_OUT V_OUT RESIDUAL WEIGHT OUT W BIAS".split()
 types = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(("COS", "SIN"), "*fp32") | {"eps": "fp32"}
 types |= dict.fromkeys(("OFFSET", "START"), "*i64")
@@ -47,8 +47,6 @@ for kind in (decode, fp8):
         parts = {"W_SPLITS": splits[0], "S_SPLITS": splits[1], "DIRECT": splits[1] == 0}
         check(sparse._sparse_split, kind, early=1, RP=2, RING=False, **parts, **size)
 check(full._split, decode, SCORE=True, **(size | {"D": 128, "DP": 128, "BN": 128, "STAGES": 3}))  # many rows
-bulk = dict.fromkeys(("K_BULK", "V_BULK"), "tensordesc<bf16[128, 64]>") | {"SLOTS": "i32"}
-check(full._split, decode | bulk, SCORE=True, **(size | {"BN": 128}))
 join = {"G": 2, "R": 2, "RP": 2, "D": 64, "DP": 64}
 check(full._join, decode | {"LSE": "*fp32"}, BLOCK=64, SP=4, KP=8, N=128, **join)
 parts = {"W_SPLITS": 1, "S_SPLITS": 2, "WP": 1, "SP": 2, "DC": 32, "PREC": "ieee"}

@@ -79,12 +79,11 @@ def test_decode_equals_the_reference():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bulk", [False, True])
-def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(monkeypatch, bulk):
+def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(monkeypatch):
     q, k, v, offset, start = inputs("static cache", length=1)
     k, v = (x.nan_to_num().repeat(1, 1, 4, 1) for x in (k, v))
     offset += 150
-    monkeypatch.setattr(full, "decode_tile", lambda *_: Tile(1, 64, 4, 1, bulk=bulk))
+    monkeypatch.setattr(full, "decode_tile", lambda *_: Tile(1, 64, 4, 1))
     for splits in (1, 3):
         monkeypatch.setattr(full, "decode_splits", lambda *_, splits=splits: splits)
         both(kernels.oracle_decode, q, k, v, offset, start, topk=3, **BLOCKED)

@@ -14,9 +14,8 @@ def _split(
     Q, K, V, PART, PART_LSE, RAW, OFFSET, START, sqb, sqh, skb, skg, sks, svb, svg, svs, NB, SPLITS, scale_log2, window,
     G: tl.constexpr, R: tl.constexpr, RM: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
     BLOCK: tl.constexpr, SCORE: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, K_SCALE=None, V_SCALE=None, SLOTS=None, K_BULK=None, V_BULK=None,
+    EARLY: tl.constexpr, K_SCALE=None, V_SCALE=None, SLOTS=None,
 ):  # fmt: skip
-    """``K_BULK`` and ``V_BULK`` are tensor descriptors of all rows of ``K`` and ``V``, ``SLOTS`` to a line; or None."""
     await_inputs(EARLY)
     split, line = tl.program_id(0), tl.program_id(1)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
@@ -39,10 +38,7 @@ def _split(
     acc = tl.zeros([RM, DP], tl.float32)
     parts: tl.constexpr = BN // BLOCK
     for n in tl.range(begin, free, BN, num_stages=STAGES):
-        if K_BULK is not None:
-            k = K_BULK.load([line * SLOTS + n, 0])
-        else:
-            k = load_keys(k_base, sks, n, end, BN, D, DP, False)
+        k = load_keys(k_base, sks, n, end, BN, D, DP, False)
         if K_SCALE is not None:
             k = k.to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision=PREC) * scale_log2
@@ -52,10 +48,7 @@ def _split(
             best = tl.max(tl.reshape(logits, [RM, parts, BLOCK]), 2)
             at = (n - start) // BLOCK + tl.arange(0, parts)
             tl.store(raw[:, None] + at[None, :], best, mask=row_ok[:, None])
-        if V_BULK is not None:
-            v = V_BULK.load([line * SLOTS + n, 0])
-        else:
-            v = load_keys(v_base, svs, n, end, BN, D, DP, False)
+        v = load_keys(v_base, svs, n, end, BN, D, DP, False)
         if V_SCALE is not None:
             v_scale = tl.load(V_SCALE + scales_at + n + tl.arange(0, BN)) * FP8_LARGEST
             acc, top, total = softmax_step(logits, v.to(q.dtype), acc, top, total, False, PREC, v_scale)
@@ -156,22 +149,6 @@ def scale_arguments(scales):
     return {"K_SCALE": keys, "V_SCALE": values, "SLOTS": None if keys is None else keys.shape[2]}
 
 
-def bulk_arguments(k, v, keys, tile: Tile):
-    """Descriptors of the caches for bulk copies of ``keys`` rows, where the tile wants them and they can be had."""
-    slots, dim = k.shape[2:]
-    if (
-        not tile.bulk
-        or dim != triton.next_power_of_2(dim)
-        or not (k.is_contiguous() and v.is_contiguous())
-        or k.numel() // dim >= 2**31
-    ):
-        return {}
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    rows = [TensorDescriptor.from_tensor(x.view(-1, dim), [keys, dim]) for x in (k, v)]
-    return {"K_BULK": rows[0], "V_BULK": rows[1], "SLOTS": slots}
-
-
 def oracle_decode(
     q, k, v, q_offset, start, out, lse, indices, *, block_size, window, scale, scales=None,
     tile: Tile | None = None,
@@ -194,8 +171,7 @@ def oracle_decode(
         q, k, v, part, part_lse, raw, q_offset, start, q.stride(0), q.stride(1), *strides(k), *strides(v),
         blocks, splits, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RM=max(16, triton.next_power_of_2(ratio)), D=dim, DP=padded, BN=keys, BLOCK=block_size,
-        SCORE=scored, PREC=tile.precision, STAGES=tile.stages,
-        **(bulk_arguments(k, v, keys, tile) if scales is None else {}) or scale_arguments(scales), **tile.launch(),
+        SCORE=scored, PREC=tile.precision, STAGES=tile.stages, **scale_arguments(scales), **tile.launch(),
         **early,
     )  # fmt: skip
     size = max(32, triton.next_power_of_2(blocks)) if scored else 32
