@@ -442,6 +442,7 @@ def cases(quick: bool) -> list[tuple[str, Case]]:
         steps += [{"block": block, "topk": 8} for block in (16, 32, 128)]
         steps += [{"length": length, "window": 20} for length in (9, 40, 130)]
         steps += [{"length": 5003, "topk": 16}, {"length": 5003, "topk": 64, "block": 16}]
+        steps += [{"length": 5003, "topk": 16, "heads": 272, "groups": 68}]  # tiles and splits of many rows
         found += [("decode", Case(kind="decode", dtype=dtype, **{"length": 999, **shape})) for shape in steps]
     return found
 

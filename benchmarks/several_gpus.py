@@ -57,8 +57,8 @@ class Ended:
     log: Path
 
     def tail(self, count: int = 1500) -> str:
-        """The end of what it printed."""
-        return self.log.read_text(errors="replace")[-count:]
+        """The end of what it printed before the launcher told of its end."""
+        return self.log.read_text(errors="replace").split("torch/distributed/elastic")[0][-count:]
 
 
 class Failed(Exception):
