@@ -21,6 +21,7 @@ from hyconvert.options import (
     parse_share,
     show,
     user_facing,
+    warn,
 )
 
 app = typer.Typer(
@@ -137,8 +138,9 @@ def convert(
 
         source = open_source(base, revision=revision, dtype=dtype)
         family_of(source.config.model_type)
-        config = HyConvertConfig.from_base(source.config, conversion.make_plan(source.config, **chosen))
-        show(layer_table(config), as_json)
+        made = conversion.make_plan(source.config, **chosen)
+        warn(conversion.kernel_warnings(source.config, made))
+        show(layer_table(HyConvertConfig.from_base(source.config, made)), as_json)
         return
     budget = parse_share(kv_budget, "--kv-budget")
     if not planned and not as_json:
@@ -178,6 +180,7 @@ def convert(
         show(healed, as_json)
         return
     report = convert_to(out)
+    warn(report.warnings)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return

@@ -24,6 +24,7 @@ from hyconvert.modeling.model import model_class_of
 from hyconvert.plan import LayerPlan, Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import Progress, silent
 from hyconvert.retrieval import mix_in
+from hyconvert_kernels.dispatch import attention_problem
 
 HELDOUT_SEQUENCES = 2
 
@@ -60,6 +61,7 @@ class ConversionReport:
         planning: why the plan was chosen, as `PlanReport.to_dict` gives it; None for a plan that was given.
         perplexity: of `base` and `converted` on sequences of the calibration text that no fit has seen; empty without
             alignment.
+        warnings: what the user should know of the plan.
         seconds: wall-clock time.
     """
 
@@ -71,6 +73,7 @@ class ConversionReport:
     fits: list[LayerFit] = field(default_factory=list)
     planning: dict[str, Any] | None = None
     perplexity: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,6 +137,22 @@ def make_plan(
             )
     HyConvertConfig.from_base(config, result)
     return result
+
+
+def kernel_warnings(config: Any, plan: Plan) -> list[str]:
+    """What of a plan for this base the GPU kernels do not run; the references, slower, run all of it.
+
+    Args:
+        config: the base's config.
+        plan: fitting it.
+    """
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q, k = (torch.empty(1, count, 1, dim, device="meta") for count in (heads, groups))
+    problem = attention_problem(
+        q, k, k, block_size=plan.block_size, window=max(1, plan.window), topk=plan.topk
+    )
+    return [f"the GPU kernels will refuse this model: {problem}"] if problem else []
 
 
 def _layers(layers: tuple[LayerPlan, ...]) -> list[dict[str, Any]]:
@@ -225,6 +244,7 @@ def convert(
         config = HyConvertConfig.from_base(source.config, chosen)
         config.dtype = source.dtype
         report = ConversionReport(str(base), str(out), chosen, source.fingerprint, planning=planning)
+        report.warnings = kernel_warnings(source.config, chosen)
         if align_layers:
             report.calibration = calibration or Calibration()
             tokens = read_calibration(source, report.calibration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +43,12 @@ def show(result: Any, as_json: bool) -> None:
     from rich.console import Console
 
     result.render(Console())
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, a line each."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def parse_ratio(text: str | None, option: str = "--uniform") -> int | None:

@@ -84,6 +84,17 @@ def test_convert_inspect_eval(tiny_base: Callable[..., Path], tmp_path: Path, wo
     assert result["ratio"] == pytest.approx(result["converted_perplexity"] / result["base_perplexity"])
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_plan_that_no_kernel_runs_is_converted_with_a_warning(
+    tiny_base: Callable[..., Path], tmp_path: Path, dry: bool
+) -> None:
+    options = ["--full-layers", "0,3", "--topk", "129", "--no-align", *(["--dry-run"] if dry else [])]
+    code, _, stderr = run("convert", tiny_base("llama"), "-o", tmp_path / "out", *options)
+    assert code == 0
+    assert "warning: the GPU kernels will refuse this model: top-k 129; it must be from 1 to 128" in stderr
+    assert (tmp_path / "out").exists() is not dry
+
+
 def test_measure_plan_and_convert(tiny_base: Callable[..., Path], tmp_path: Path, words: Path) -> None:
     base, costs = tiny_base("llama"), tmp_path / "costs"
     small = [

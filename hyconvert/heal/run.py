@@ -156,8 +156,8 @@ def accelerator_of(recipe: HealRecipe, device: str, out: str | Path, may_skip: b
         ],
     )
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
-        # The engine's autocast does what it does everywhere else. Accelerate's policy would round the loss, the residual
-        # stream and the sums of gradients to bfloat16 besides.
+        # The engine's autocast does what it does everywhere else. Accelerate's policy would round the loss, the
+        # residual stream and the sums of gradients to bfloat16 besides.
         plugin.mixed_precision_policy = None
     set_seed(recipe.seed)
     return accelerator
