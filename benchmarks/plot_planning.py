@@ -7,6 +7,7 @@ Writes `planning.svg` beside it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Write `planning.svg`, print the rank correlation."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    matplotlib.rcParams["svg.hashsalt"] = "hyconvert"  # the same rows give the same file
     base, *rows = json.loads((RESULTS / "planning.json").read_text())
     rows = [row for row in rows if math.isfinite(row["predicted"])]
     predicted, measured = [row["predicted"] for row in rows], [row["damage"] for row in rows]
@@ -43,7 +48,7 @@ def main() -> None:
     right.set(xlabel="full layers of 30", ylabel="perplexity / base, held-out technical text")
     right.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(RESULTS / "planning.svg")
+    figure.savefig(RESULTS / "planning.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Ended:
 
     def tail(self, count: int = 1500) -> str:
         """The end of what it printed before the launcher told of its end."""
-        return self.log.read_text(errors="replace").split("torch/distributed/elastic")[0][-count:]
+        text = self.log.read_text(errors="replace")
+        return (text.split("torch/distributed/elastic")[0].strip() or text)[-count:]
 
 
 class Failed(Exception):

@@ -149,10 +149,13 @@ def kernel_warnings(config: Any, plan: Plan) -> list[str]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     q, k = (torch.empty(1, count, 1, dim, device="meta") for count in (heads, groups))
-    problem = attention_problem(
-        q, k, k, block_size=plan.block_size, window=max(1, plan.window), topk=plan.topk
-    )
-    return [f"the GPU kernels will refuse this model: {problem}"] if problem else []
+    selects = {"block_size": plan.block_size, "topk": plan.topk} if plan.sources else {}
+    problem = attention_problem(q, k, k, window=plan.window, **selects)
+    if problem is None:
+        return []
+    return [
+        f'the GPU kernels refuse this model: {problem}; it runs with attn_implementation="hyconvert_reference", slower'
+    ]
 
 
 def _layers(layers: tuple[LayerPlan, ...]) -> list[dict[str, Any]]:

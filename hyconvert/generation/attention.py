@@ -36,7 +36,7 @@ SDPA_ORDER = [
 ]
 
 MAPPED_TOKENS = 8192
-"""Tokens of a prompt that a value map is applied to at a time."""
+"""Tokens of a batch's prompts that a value map is applied to at a time."""
 
 
 class Selected(NamedTuple):
@@ -91,7 +91,7 @@ def attend(
     *,
     last_only: bool = False,
 ) -> Tensor:
-    """Attention and output projection of layer `index`.
+    """Attention and output projection of layer `index`, without a gradient: intermediate results are overwritten.
 
     Args:
         network: the model.
@@ -284,11 +284,16 @@ def _prefill_full(
 
 
 def _far_branch(block: Block, far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sparse branch with its sink, and its value map applied in place, a piece of the tokens at a time."""
+    """The sparse branch with its sink and its value map; a long one is overwritten, a piece of the tokens at a time."""
     out, lse = with_sink(*far, block.attention.sparse_sink)
-    if block.attention.value_map is not None:
-        for part in out.split(MAPPED_TOKENS, 2):
-            part.copy_(part @ block.attention.value_map.transpose(1, 2))
+    if block.attention.value_map is None:
+        return out, lse
+    value_map = block.attention.value_map.transpose(1, 2)
+    batch, _, length, _ = out.shape
+    if batch * length <= MAPPED_TOKENS:
+        return out @ value_map, lse
+    for part in out.split(max(1, MAPPED_TOKENS // batch), 2):
+        part.copy_(part @ value_map)
     return out, lse
 
 

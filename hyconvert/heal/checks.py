@@ -107,6 +107,8 @@ def check_processes(recipe: HealRecipe, accelerator: Any) -> None:
                 f"{name}: a step has {stage.rows} rows of {stage.sequence_length} tokens, which {world} processes "
                 "cannot share evenly; change --batch-tokens"
             )
+    if is_fsdp(accelerator) and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise HealError("FSDP version 1 is not supported; launch with --fsdp_version 2, or under DDP")
     if is_fsdp(accelerator) and (recipe.lora or recipe.layerwise):
         raise HealError(
             "under FSDP neither --lora nor the stage layerwise is available; use DDP or leave them out"

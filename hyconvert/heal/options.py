@@ -120,7 +120,9 @@ def convert_and_heal(
     StagedFolder(out, force=force, base=None, expected_bytes=None).discard()
     converted = converted_folder(out)
     if force or not (converted / "config.json").is_file():
-        convert_to(converted)
+        for warning in convert_to(converted).warnings:
+            with progress(f"warning: {warning}", total=1) as step:
+                step()
     else:
         with progress(f"{converted} is there already and used again", total=1) as step:
             step()

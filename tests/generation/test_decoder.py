@@ -63,6 +63,14 @@ def test_greedy_tokens_are_transformers_under_every_plan(line: str, settings: di
     check(mixed_model(line=line, **settings))
 
 
+@pytest.mark.parametrize("settings", [{}, {"gate": "sigmoid", "maps": True, "sinks": True}], ids=str)
+def test_long_prompts_have_their_value_maps_applied_in_pieces(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyconvert.generation.attention.MAPPED_TOKENS", 12)  # of 3 x 27
+    check(mixed_model(line="F S0 R0 W F S4 F", **settings))
+
+
 @pytest.mark.parametrize("line", ["L*4 F S4 F", "L F S1 L W R1 L"])
 def test_greedy_tokens_are_transformers_with_sliding_layers_of_the_base(line: str) -> None:
     kinds = ["sliding_attention" if token == "L" else "full_attention" for token in plan_kinds(line)]

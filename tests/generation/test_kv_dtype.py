@@ -113,6 +113,43 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Decoder(model, batch=1, max_length=8, kv_dtype="fp8")
 
 
+def test_caches_take_over_what_others_hold() -> None:
+    one, other = (decoders(mixed_model())[1] for _ in range(2))
+    one.prefill(tokens(2, PROMPT))
+    other.caches.copy_(one.caches)
+    for index in range(len(one.network.blocks)):
+        for mine, theirs in zip(
+            *(x.caches.of(index, slice(None)).plain(torch.float32)[:2] for x in (one, other)), strict=True
+        ):
+            assert mine.any() and torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scores", "other", "wrong"),
+    [
+        ([0, 1], [0.5, 0.4, 0.3, 0.2], False, False),
+        ([1, 0], [0.5, 0.4, 0.3, 0.2], False, False),  # in another order
+        ([0, 2], [0.5, 0.4, 0.399, 0.2], True, False),
+        ([0, 2], [0.5, 0.4, 0.3, 0.2], True, True),
+        ([0, 3], [0.5, 0.4, 0.399, 0.2], True, True),  # close, but the block beyond was taken
+        ([2, 3], [0.5, 0.4, 0.399, 0.398], True, True),
+        ([0, -1], [0.5, 0.4, 0.399, 0.2], True, False),
+    ],
+)
+def test_the_check_of_selections_forgives_close_calls_alone(
+    kernel: list[int], scores: list[float], other: bool, wrong: bool
+) -> None:
+    from benchmarks.check_decode_loop import Selections
+
+    found, shape = Selections(), (1, 1, -1)
+    found.indices["triton"] = [torch.tensor(kernel).view(shape)] * 2
+    found.indices["reference"] = [torch.tensor([0, 1]).view(shape)] * 2
+    found.scores = [torch.tensor(scores).view(shape), torch.tensor([0.5, 0.1, 0.0, 0.0]).view(shape)]
+    assert [bool(x) for x in found.differ(2)] == [other, wrong]  # of the second layer nothing is asked
+    found.scores.reverse()
+    assert [bool(x) for x in found.differ(1)] == [other, wrong]
+
+
 def test_the_benchmark_compares_both_caches() -> None:
     from benchmarks.kv_dtype import compare
 
