@@ -149,8 +149,15 @@ def kernel_warnings(config: Any, plan: Plan) -> list[str]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     q, k = (torch.empty(1, count, 1, dim, device="meta") for count in (heads, groups))
-    selects = {"block_size": plan.block_size, "topk": plan.topk} if plan.sources else {}
-    problem = attention_problem(q, k, k, window=plan.window, **selects)
+    selects = bool(plan.sources)
+    problem = attention_problem(
+        q,
+        k,
+        k,
+        window=plan.window,
+        block_size=plan.block_size if selects else None,
+        topk=plan.topk if selects else 1,
+    )
     if problem is None:
         return []
     return [

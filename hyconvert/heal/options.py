@@ -91,7 +91,7 @@ def run_recipe(
 
 
 def convert_and_heal(
-    convert_to: Callable[[Path], object],
+    convert_to: Callable[[Path], ConversionReport],
     recipe: HealRecipe,
     out: Path,
     *,
