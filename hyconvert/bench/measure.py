@@ -22,7 +22,7 @@ from hyconvert.generation.network import Network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 
 RESERVE = 2 << 30
-"""Bytes that the largest batch leaves free on a GPU: to read a prompt of 32k tokens (1.8 GiB at most), and for the step."""
+"""Bytes that the largest batch leaves free on a GPU: for a prompt of 32k tokens (at most 1.8 GiB), and for a step."""
 
 
 @dataclass(frozen=True)

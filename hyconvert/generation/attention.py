@@ -35,8 +35,8 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
-MAPPED_TOKENS = 8192
-"""Tokens of a batch's prompts that a value map is applied to at a time."""
+LONG_TOKENS = 8192
+"""Prompts of more tokens, over all rows, are read in less memory; shorter ones in fewer launches."""
 
 
 class Selected(NamedTuple):
@@ -220,6 +220,7 @@ def _prefill(
 ) -> Tensor:
     block = network.blocks[index]
     length = x.shape[1]
+    long = x.shape[0] * length > LONG_TOKENS
     keys, values, scales = cache
     if scales is not None:  # attention within the prompt is by its keys and values as they were
         k, v = (x.new_empty(keys.shape[0], block.groups, length, block.dim) for _ in "kv")
@@ -233,11 +234,13 @@ def _prefill(
         q, query = _queries(block, fused, k, None, now, False)
         at = (block.heads + block.groups) * block.dim
         v = fused[..., at : at + block.groups * block.dim].unflatten(-1, (-1, block.dim)).transpose(1, 2)
-        v = v.contiguous()
+        v = v.contiguous() if long else v
         _fill_ring(keys, k)
         _fill_ring(values, v)
-    gate = _gate_logit(block, fused).contiguous() if block.source is not None and block.merges else None
-    del fused
+    gate = _gate_logit(block, fused) if block.source is not None and block.merges else None
+    if long and gate is not None:
+        gate = gate.contiguous()
+    del fused  # of a long prompt nothing holds it any more
     settings = _settings(network, block, now)
     where = now.offset, now.start
     if block.kind == "full" and last_only and not block.scored:
@@ -290,9 +293,9 @@ def _far_branch(block: Block, far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
         return out, lse
     value_map = block.attention.value_map.transpose(1, 2)
     batch, _, length, _ = out.shape
-    if batch * length <= MAPPED_TOKENS:
+    if batch * length <= LONG_TOKENS:
         return out @ value_map, lse
-    for part in out.split(max(1, MAPPED_TOKENS // batch), 2):
+    for part in out.split(max(1, LONG_TOKENS // batch), 2):
         part.copy_(part @ value_map)
     return out, lse
 

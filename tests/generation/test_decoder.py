@@ -64,10 +64,8 @@ def test_greedy_tokens_are_transformers_under_every_plan(line: str, settings: di
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate": "sigmoid", "maps": True, "sinks": True}], ids=str)
-def test_long_prompts_have_their_value_maps_applied_in_pieces(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hyconvert.generation.attention.MAPPED_TOKENS", 12)  # of 3 x 27
+def test_long_prompts_are_read_in_pieces(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.attention.LONG_TOKENS", 12)  # of 3 x 27
     check(mixed_model(line="F S0 R0 W F S4 F", **settings))
 
 
