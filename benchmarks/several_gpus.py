@@ -2,7 +2,7 @@
 
     python -m benchmarks.several_gpus CONVERTED --data TEXT                    # all parts
     python -m benchmarks.several_gpus CONVERTED --data TEXT --only one kill    # some of them
-    python -m benchmarks.several_gpus --tiny        # a rehearsal on a CPU, with gloo; Accelerate runs DDP for FSDP2 there
+    python -m benchmarks.several_gpus --tiny        # a rehearsal on a CPU, where Accelerate runs DDP for FSDP2
 
 `one`, `ddp` and `fsdp` heal the same model by the same recipe on one GPU, by torchrun, and by `accelerate launch` under
 FSDP2. `kill` kills one process under FSDP2 behind a saved state, and goes on from that state on two GPUs and on one.
