@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.check_kernels import taken
 from hyconvert.generation import Decoder, attention
+from hyconvert.generation.caches import KV, Caches
 from hyconvert.generation.network import read_network
 from hyconvert_kernels import add_norm, linear, oracle_attention, silu_mul, split_heads
 from hyconvert_kernels.decode import reference
 from hyconvert_kernels.decode.sparse import sparse_decode
-from hyconvert_kernels.fp8 import dequantise_rows
 from tests.modeling.tiny import base_model, converted, plan_of, tokens
 
 SHAPE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 96, "num_hidden_layers": 7}
@@ -46,6 +47,13 @@ def cases() -> Iterator[tuple[str, Any]]:
     yield "llama, sigmoid gate and sinks", converted(base_model("llama", **SHAPE), odd)
 
 
+def unlike(name: str, got: torch.Tensor, want: torch.Tensor) -> Iterator[str]:
+    """What is wrong with a result: nothing up to a relative RMS of 1 %."""
+    error = float((got.float() - want.float()).norm() / want.float().norm())
+    if not error <= 1e-2:
+        yield f"{name}: relative RMS {error:.1e}"
+
+
 def check_step(
     heads: int = 32,
     groups: int = 8,
@@ -62,9 +70,7 @@ def check_step(
 
     def compare(name: str, got: Any, want: Any) -> None:
         for at, (a, b) in enumerate(zip(got, want, strict=True)):
-            error = float((a.float() - b).norm() / b.norm())
-            if not error <= 1e-2:
-                bad.append(f"{name}, output {at}: relative RMS {error:.1e}")
+            bad.extend(unlike(f"{name}, output {at}", a, b))
 
     def wide(x: Any) -> Any:
         return x.float() if getattr(x, "dtype", None) == dtype else x
@@ -176,9 +182,7 @@ class Selections:
         found = self._decode(q, k, v, *where, topk=topk, scales=scales, **settings)
         self.indices[settings["implementation"]].append(found[2][:, :, 0])
         if settings["implementation"] == "reference":
-            plain = [
-                dequantise_rows(x, scale, torch.float32) for x, scale in zip((k, v), scales, strict=True)
-            ]
+            plain = KV(k, v, scales).plain(torch.float32)[:2]
             self.scores.append(oracle_attention(q, *plain, *where, with_scores=True, **settings)[2][:, :, 0])
         return found
 
@@ -191,7 +195,7 @@ class Selections:
         other, wrong = [], []
         latest = (self.indices["triton"], self.indices["reference"], self.scores)
         for mine, theirs, scores in zip(*(found[-layers:] for found in latest), strict=True):
-            sides = [_chosen(indices, scores.shape[-1]) for indices in (mine, theirs)]
+            sides = [taken(indices, scores.shape[-1]) for indices in (mine, theirs)]
             apart = sides[0] != sides[1]
             last = scores.masked_fill(~sides[1], torch.inf).amin(-1, keepdim=True)
             far = apart & ~((scores - last).abs() <= CLOSE * last)
@@ -202,10 +206,30 @@ class Selections:
         return different.any(0), (torch.stack(wrong) & first & different).any(0)
 
 
-def _chosen(indices: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Which blocks [B, G, blocks] are among indices [B, G, k], of which -1 is none."""
-    found = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool, device=indices.device)
-    return found.scatter_(-1, torch.where(indices < 0, blocks, indices).long(), True)[..., :blocks]
+def unlike_caches(
+    name: str, mine: Caches, theirs: Caches, rows: torch.Tensor, slot: int | None
+) -> Iterator[str]:
+    """What is wrong with what a prompt, or a step in its slot, has written; no step may change another slot.
+
+    Args:
+        name: of the prompt or step.
+        mine, theirs: of the kernels and the references, alike before it.
+        rows: [B] bool, to compare.
+        slot: of the step's token; None is a prompt.
+    """
+    for index in range(len(mine.keys)):
+        caches = [each.of(index, slice(None)) for each in (mine, theirs)]
+        written: Any = slice(None)
+        if slot is not None:
+            written = torch.arange(mine.keys[index].shape[2]) == slot % mine.keys[index].shape[2]
+            old = [[x.float()[:, :, ~written] for x in (*kv[:2], *(kv.scales or ()))] for kv in caches]
+            if not all(map(torch.equal, *old)):
+                yield f"{name}: another slot of layer {index} changed"
+        plain = [kv.plain(torch.float32) for kv in caches]
+        for kind, got, want in zip(("keys", "values"), plain[0], plain[1], strict=False):
+            yield from unlike(
+                f"{name}, {kind} of layer {index}", got[rows][:, :, written], want[rows][:, :, written]
+            )
 
 
 def check_fp8(model: Any) -> list[str]:
@@ -215,7 +239,8 @@ def check_fp8(model: Any) -> list[str]:
     side, and then another block may be chosen where two are nearly as good: that row is not compared in that step, and
     of all rows and steps at most one in twenty may be such.
     """
-    bad, left_out = [], 0
+    bad: list[str] = []
+    left_out, rows = 0, len(LENGTHS) * NEW * 3
     layers = sum(block.scored for block in read_network(model).blocks)
     with Selections() as selections:
         mine, theirs = (
@@ -227,34 +252,10 @@ def check_fp8(model: Any) -> list[str]:
             mask = torch.ones_like(ids)
             mask[1, :9] = mask[2, : length // 2] = 0
 
-            def compare(what: str, got: torch.Tensor, want: torch.Tensor, length: int = length) -> None:
-                error = float((got.float() - want.float()).norm() / want.float().norm())
-                if not error <= 1e-2:
-                    bad.append(f"FP8, {length} tokens, {what}: relative RMS {error:.1e}")
-
-            def compare_caches(when: str, rows: torch.Tensor, slot: int | None, length: int = length) -> None:
-                """What a prompt or, in a slot, a step has written; nothing else may have changed."""
-                for index in range(len(model.model.layers)):
-                    raw = [(loop.caches.keys[index], loop.caches.values[index]) for loop in (mine, theirs)]
-                    plain = [
-                        loop.caches.of(index, slice(None)).plain(torch.float32)[:2] for loop in (mine, theirs)
-                    ]
-                    for at, name in enumerate(("keys", "values")):
-                        a, b = plain[0][at], plain[1][at]
-                        if slot is not None:
-                            here = slot % a.shape[2]
-                            a, b = a[:, :, here], b[:, :, here]
-                            old = [torch.arange(x[at].shape[2], device=x[at].device) != here for x in raw]
-                            before = [x[at].float()[:, :, keep] for x, keep in zip(raw, old, strict=True)]
-                            if not torch.equal(*before):
-                                bad.append(
-                                    f"FP8, {length} tokens, {when}: other {name} of layer {index} changed"
-                                )
-                        compare(f"{when}, {name} of layer {index}", a[rows], b[rows])
-
             every = torch.ones(3, dtype=torch.bool, device=mine.network.device)
-            compare("prompt", mine.prefill(ids, mask), theirs.prefill(ids, mask))
-            compare_caches("prompt", every, None)
+            name = f"FP8, {length} tokens"
+            bad += unlike(f"{name}, prompt", mine.prefill(ids, mask), theirs.prefill(ids, mask))
+            bad += unlike_caches(f"{name}, prompt", mine.caches, theirs.caches, every, None)
             for step in range(NEW):
                 theirs.caches.copy_(mine.caches)
                 fed = tokens(3, 1, seed=step)[:, 0].to(mine.network.device)
@@ -264,15 +265,15 @@ def check_fp8(model: Any) -> list[str]:
                     other, wrong = selections.differ(layers)
                     same, left_out = ~other, left_out + int(other.sum())
                     if wrong.any():
-                        bad.append(f"FP8, {length} tokens, step {step}: other blocks, and no close call")
+                        bad.append(f"{name}, step {step}: other blocks, and no close call")
                 if same.any():
-                    compare(f"step {step}", got[same], want[same])
-                    compare_caches(f"step {step}", same, length + step)
+                    bad += unlike(f"{name}, step {step}", got[same], want[same])
+                    bad += unlike_caches(
+                        f"{name}, step {step}", mine.caches, theirs.caches, same, length + step
+                    )
     if left_out:
-        print(
-            f"FP8: {left_out} of {len(LENGTHS) * NEW * 3} rows were not compared, their blocks a close call"
-        )
-    if 20 * left_out > len(LENGTHS) * NEW * 3:
+        print(f"FP8: {left_out} of {rows} rows were not compared, their blocks a close call")
+    if 20 * left_out > rows:
         bad.append(f"FP8: {left_out} rows with other blocks are too many to be close calls")
     return bad
 

@@ -133,6 +133,12 @@ def double(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.double() for x in tensors]
 
 
+def taken(indices: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Which blocks ``[..., blocks]`` are among indices ``[..., k]``, of which -1 is none."""
+    found = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, torch.where(indices < 0, blocks, indices).long(), True)[..., :blocks]
+
+
 def check_indices(
     bad: Failures, name: str, got: torch.Tensor, scores: torch.Tensor, tolerance: float
 ) -> None:
@@ -149,9 +155,7 @@ def check_indices(
         return
     chosen = scores.gather(-1, got.clamp(min=0).long()).masked_fill(got < 0, math.inf)
     lowest = chosen.amin(-1)
-    taken = torch.zeros(*scores.shape[:-1], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
-    taken.scatter_(-1, torch.where(got < 0, scores.shape[-1], got).long(), True)
-    best_left = scores.masked_fill(taken[..., :-1], -math.inf).amax(-1)
+    best_left = scores.masked_fill(taken(got, scores.shape[-1]), -math.inf).amax(-1)
     if bool((best_left > lowest * (1 + tolerance) + 1e-30).any()):
         bad.append(
             f"{name}: a better block was left out ({int((best_left > lowest * (1 + tolerance)).sum())})"

@@ -16,6 +16,7 @@ from hyconvert.checkpoint import CheckpointWriter, Source, open_source, recorded
 from hyconvert.data import BUILTIN, read_texts, token_blocks
 from hyconvert.errors import PlanError
 from hyconvert.evaluate import perplexity, pick_device
+from hyconvert.kv import head_dim
 from hyconvert.loading import quiet_loading
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.configuration import HyConvertConfig
@@ -146,18 +147,10 @@ def kernel_warnings(config: Any, plan: Plan) -> list[str]:
         config: the base's config.
         plan: fitting it.
     """
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    q, k = (torch.empty(1, count, 1, dim, device="meta") for count in (heads, groups))
-    selects = bool(plan.sources)
-    problem = attention_problem(
-        q,
-        k,
-        k,
-        window=plan.window,
-        block_size=plan.block_size if selects else None,
-        topk=plan.topk if selects else 1,
-    )
+    heads = config.num_attention_heads, config.num_key_value_heads
+    q, k = (torch.empty(1, count, 1, head_dim(config), device="meta") for count in heads)
+    selects = {"block_size": plan.block_size, "topk": plan.topk} if plan.sources else {"block_size": None}
+    problem = attention_problem(q, k, k, window=plan.window, **selects)
     if problem is None:
         return []
     return [

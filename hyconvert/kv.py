@@ -59,6 +59,12 @@ def _own_windows(config: Any) -> list[int | None]:
     return [base_window(config, layer) for layer in range(config.num_hidden_layers)]
 
 
+def head_dim(config: Any) -> int:
+    """Numbers per head; configs that do not say divide the hidden size by the heads."""
+    dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return dim
+
+
 def _layer_bytes(
     config: Any,
     windows: list[int | None],
@@ -68,10 +74,10 @@ def _layer_bytes(
     static: bool,
     fp8: bool,
 ) -> list[int]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = head_dim(config)
     rows = 2 * config.num_key_value_heads * batch
-    near = rows * head_dim * dtype_bytes
-    far = rows * (head_dim + 4) if fp8 else near
+    near = rows * dim * dtype_bytes
+    far = rows * (dim + 4) if fp8 else near
     return [
         far * tokens if window is None else near * min(tokens, window if static else window - 1)
         for window in windows

@@ -237,9 +237,9 @@ def _prefill(
         v = v.contiguous() if long else v
         _fill_ring(keys, k)
         _fill_ring(values, v)
-    gate = _gate_logit(block, fused) if block.source is not None and block.merges else None
-    if long and gate is not None:
-        gate = gate.contiguous()
+    gate = None
+    if block.source is not None and block.merges:
+        gate = _gate_logit(block, fused).contiguous() if long else _gate_logit(block, fused)
     del fused  # of a long prompt nothing holds it any more
     settings = _settings(network, block, now)
     where = now.offset, now.start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -141,17 +141,17 @@ class Engine:
                         self._start_clock()
         return self.record
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision under FSDP2, whose model Accelerate leaves without; it wraps every other one itself.
+    def _forward(self, batch: Batch, stage: Stage, **options: Any) -> Any:
+        """The model's sums; in mixed precision under FSDP2 too, which Accelerate, unlike all else, leaves without.
 
-        Without a cache, which would keep a cast copy of every layer's weights on every GPU.
+        There without a cache, which would keep a cast copy of every layer's weights on every GPU.
         """
+        if not is_fsdp(self.accelerator):
+            return self.model(batch, stage, **options)
         from accelerate.utils import AutocastKwargs
 
-        if not is_fsdp(self.accelerator):
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.accelerator.autocast(AutocastKwargs(cache_enabled=False))
-        return context
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+            return self.model(batch, stage, **options)
 
     def _save(self, step: int) -> None:
         if self.states is not None:
@@ -174,8 +174,7 @@ class Engine:
         for index, piece in enumerate(pieces):
             batch = self._to_device(self.train.batch(piece, stage.sequence_length))
             with _maybe_no_sync(self.accelerator, self.model, index + 1 < len(pieces)):
-                with self._autocast():
-                    sums = self.model(batch, stage, layerwise=run.name == "layerwise")
+                sums = self._forward(batch, stage, layerwise=run.name == "layerwise")
                 self.accelerator.backward(sums.loss * scale)
             self._sums[:3] += torch.stack([part.detach() for part in sums[:3]])
             self._sums[3] += len(batch.labels)
@@ -239,8 +238,7 @@ class Engine:
         with GateShares(self.student) as shares:
             for rows in self._pieces(np.arange(len(self.held) // length), length):
                 batch = self._to_device(self.held.batch(rows, length))
-                with self._autocast():
-                    sums += torch.stack([*self.model(batch, plain, measure=True)])
+                sums += torch.stack([*self._forward(batch, plain, measure=True)])
                 count += len(batch.labels)
         self.model.train()
         _, kl, nll, base = (float(value) / max(1, count) for value in sums.tolist())

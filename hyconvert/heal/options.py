@@ -13,6 +13,7 @@ from hyconvert.errors import HealError, RecipeError
 from hyconvert.heal.report import HealReport
 from hyconvert.heal.run import heal
 from hyconvert.inspection import read_config
+from hyconvert.options import warn
 from hyconvert.progress import Progress, silent
 from hyconvert.recipe import HealRecipe, Recipe, merged, validated
 
@@ -120,9 +121,7 @@ def convert_and_heal(
     StagedFolder(out, force=force, base=None, expected_bytes=None).discard()
     converted = converted_folder(out)
     if force or not (converted / "config.json").is_file():
-        for warning in convert_to(converted).warnings:
-            with progress(f"warning: {warning}", total=1) as step:
-                step()
+        warn(convert_to(converted).warnings)
     else:
         with progress(f"{converted} is there already and used again", total=1) as step:
             step()
