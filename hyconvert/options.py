@@ -23,6 +23,9 @@ def user_facing(command: Callable[..., None]) -> Callable[..., None]:
         except HyconvertError as error:
             print(f"hyconvert: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            print(f"hyconvert: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("hyconvert: interrupted; nothing was written", file=sys.stderr)
             raise typer.Exit(130) from None

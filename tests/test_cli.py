@@ -205,6 +205,39 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("file/sub/out", "file, which is no folder; choose another name"), ("x" * 300, "choose a shorter name")],
+)
+def test_a_folder_that_cannot_be_is_refused(
+    tiny_base: Callable[..., Path], tmp_path: Path, out: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    code, _, stderr = run(
+        "convert", tiny_base("llama"), "-o", tmp_path / out, "--uniform", "1:1", "--no-align"
+    )
+    assert code == 2 and message in stderr and stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["measure", "BASE"], ["bench", "SmolLM2-135M", "--uniform", "1:3", "--context", "64", "--batch", "1"]],
+    ids=["measure", "bench"],
+)
+def test_an_output_under_a_file_is_one_line(
+    tiny_base: Callable[..., Path], tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    base = str(tiny_base("llama", max_position_embeddings=1024))
+    words = [base if word == "BASE" else word for word in command]
+    code, _, stderr = run(*words, "-o", tmp_path / "file" / "out")
+    assert code == 2 and "file" in stderr and stderr.splitlines()[-1].endswith("; choose another path")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("command", ["inspect", "eval"])
 def test_a_folder_without_a_converted_model_is_refused(
     tiny_base: Callable[..., Path], tmp_path: Path, command: str

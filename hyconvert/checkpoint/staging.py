@@ -44,9 +44,10 @@ class StagedFolder:
         self.path = self.target.with_name(f".{self.target.name}.partial-{os.getpid()}")
         self._aside = self.target.with_name(f".{self.target.name}.old-{os.getpid()}")
         self._check_overlap(base)
-        self._clean_up_after_dead_processes()
-        self._check_target()
         with explained_os_errors(self.target):
+            self._check_parents()
+            self._clean_up_after_dead_processes()
+            self._check_target()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             if expected_bytes is not None:
                 self._check_space(expected_bytes)
@@ -84,6 +85,13 @@ class StagedFolder:
             relation = "is or lies in" if inside else "contains"
             raise CheckpointError(
                 f"OUT {self.target} {relation} BASE {base}; choose a folder outside the base"
+            )
+
+    def _check_parents(self) -> None:
+        nearest = next(parent for parent in self.target.parents if parent.exists())
+        if not nearest.is_dir():
+            raise CheckpointError(
+                f"OUT {self.target} lies under {nearest}, which is no folder; choose another name"
             )
 
     def _check_target(self) -> None:
@@ -127,7 +135,8 @@ class StagedFolder:
 
 @contextmanager
 def explained_os_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk and a lack of permission into a `CheckpointError` that names `place`; let all else pass."""
+    """Turn what a user can mend into a `CheckpointError` that names `place`: a full disk, a lack of permission, a name
+    that is too long. All else passes."""
     try:
         yield
     except OSError as error:
@@ -138,6 +147,10 @@ def explained_os_errors(place: Path) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise CheckpointError(
                 f"{place} could not be written ({error.strerror}); choose a folder that you may write to"
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(
+                f"{place} cannot be created ({error.strerror}); choose a shorter name"
             ) from error
         raise
 
