@@ -28,6 +28,24 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+SMALL = [
+    *(
+        "--sequence-length",
+        "256",
+        "--fit-tokens",
+        "512",
+        "--prompts",
+        "1",
+        "--questions",
+        "0",
+        "--decoys",
+        "0",
+    ),
+    *("--copies", "1", "--block-size", "16", "--topk", "2", "--window", "16", "--device", "cpu"),
+]
+"""Options of `measure` for a tiny base."""
+
+
 def test_help_answers_at_once() -> None:
     began = time.monotonic()
     result = subprocess.run(
@@ -106,20 +124,7 @@ def test_a_plan_that_no_kernel_runs_is_converted_with_a_warning(
 
 def test_measure_plan_and_convert(tiny_base: Callable[..., Path], tmp_path: Path, words: Path) -> None:
     base, costs = tiny_base("llama"), tmp_path / "costs"
-    small = [
-        "--sequence-length",
-        "256",
-        "--fit-tokens",
-        "512",
-        "--prompts",
-        "1",
-        "--questions",
-        "0",
-        "--decoys",
-        "0",
-    ]
-    small += ["--copies", "1", "--block-size", "16", "--topk", "2", "--window", "16", "--calibration", words]
-    code, stdout, stderr = run("measure", base, "-o", costs, "--device", "cpu", *small)
+    code, stdout, stderr = run("measure", base, "-o", costs, "--calibration", words, *SMALL)
     assert code == 0, stderr
     assert "10 candidates" in stdout and "Measuring windows 4/4" in stderr
     code, stdout, _ = run(
@@ -224,16 +229,19 @@ def test_a_folder_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize(
     "command",
-    [["measure", "BASE"], ["bench", "SmolLM2-135M", "--uniform", "1:3", "--context", "64", "--batch", "1"]],
+    [
+        ["measure", "BASE", "--calibration", "WORDS", *SMALL],
+        ["bench", "SmolLM2-135M", "--uniform", "1:3", "--context", "64", "--batch", "1"],
+    ],
     ids=["measure", "bench"],
 )
 def test_an_output_under_a_file_is_one_line(
-    tiny_base: Callable[..., Path], tmp_path: Path, command: list[str]
+    tiny_base: Callable[..., Path], tmp_path: Path, words: Path, command: list[str]
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    base = str(tiny_base("llama", max_position_embeddings=1024))
-    words = [base if word == "BASE" else word for word in command]
-    code, _, stderr = run(*words, "-o", tmp_path / "file" / "out")
+    given = {"BASE": tiny_base("llama"), "WORDS": words}
+    command = [str(given.get(word, word)) for word in command]
+    code, _, stderr = run(*command, "-o", tmp_path / "file" / "out")
     assert code == 2 and "file" in stderr and stderr.splitlines()[-1].endswith("; choose another path")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
