@@ -10,7 +10,8 @@ FSDP2. `kill` kills one process under FSDP2 behind a saved state, and goes on fr
 give, in processes of its own and with a time limit; a part's row is saved as soon as it is done, rows of other parts
 are kept, and a part that fails leaves the others alone.
 
-In bfloat16 sums of gradients over two GPUs are rounded in another order, so losses are held to 1 %; in float32
+One GPU works on pieces of the size that each of two has. Of other pieces gradients are rounded otherwise, and a step
+whose gradient is clipped may then go elsewhere. In bfloat16 losses are held to 1 %; in float32
 `tests/heal/test_processes.py` holds them to 1e-4.
 """
 
@@ -151,6 +152,8 @@ class Lab:
                 "lr": o.lr,
             },
             precision=o.precision,
+            # One GPU adds up the gradients of the very pieces that two work on side by side.
+            micro_tokens=max(o.length, min(32_768, o.batch // 2)),
             log_every=o.log_every,
             eval_every=o.steps,
             save_every=-(-2 * o.steps // 3),

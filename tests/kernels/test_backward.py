@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 pytest.importorskip("triton")
 
@@ -178,6 +179,22 @@ def test_a_layer_compiles_whole():
     want = torch.autograd.grad(layer(*leaves).square().sum(), leaves)
     got = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("at", range(5), ids=("oracle", "oracle topk", "sparse", "window", "merge"))
+def test_ops_run_under_gradient_checkpointing(at):
+    op, arguments = registered(Case(length=7, heads=2, groups=1, window=3, topk=1))[at]
+    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+
+    def first(*leaves):
+        rest = iter(leaves)
+        out = op(*(next(rest) if isinstance(x, torch.Tensor) and x.requires_grad else x for x in arguments))
+        return (out if isinstance(out, torch.Tensor) else out[0]).square().sum()
+
+    want = torch.autograd.grad(first(*leaves), leaves, allow_unused=True)
+    again = torch.utils.checkpoint.checkpoint(first, *leaves, use_reentrant=False)
+    got = torch.autograd.grad(again, leaves, allow_unused=True)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_decoding_step_that_wants_a_gradient_gets_the_references():

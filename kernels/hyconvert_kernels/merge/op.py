@@ -79,8 +79,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
-    grad_w, grad_s, grad_logit = _merge_backward(*ctx.saved_tensors, grad)
-    return grad_w, -grad_logit, grad_s, grad_logit, grad_logit.to(ctx.saved_tensors[4].dtype)
+    saved = ctx.saved_tensors  # unpacked once: under gradient checkpointing a second time is an error
+    grad_w, grad_s, grad_logit = _merge_backward(*saved, grad)
+    return grad_w, -grad_logit, grad_s, grad_logit, grad_logit.to(saved[4].dtype)
 
 
 _merge.register_autograd(_differentiate, setup_context=_setup_context)
