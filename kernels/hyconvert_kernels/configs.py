@@ -96,6 +96,11 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
     return Tile(queries_per_tile(128, ratio), 64, 8, 3)
 
 
+def hopper_tile(ratio: int) -> Tile:
+    """Forward of oracle attention on Hopper: 64 rows for each of two warpgroups, of ``registers`` per thread."""
+    return Tile(128 // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)
+
+
 def sparse_tile(dtype: torch.dtype, dim: int, ratio: int, block_size: int) -> Tile:
     """Block-sparse forward; the queries per tile are the union's."""
     if dtype == torch.float32:

@@ -136,6 +136,17 @@ def _oracle_forward(
         work = tl.atomic_add(COUNTER, 1)
 
 
+def _on_hopper(q, k, v) -> bool:
+    """Whether the kernel for Hopper takes these; it is not imported on a CPU, where there may be no Gluon."""
+    if not q.is_cuda:
+        return False
+    try:
+        from . import hopper
+    except ImportError:  # another Triton
+        return False
+    return hopper.fits(q, k, v)
+
+
 def forward(
     q,
     k,
@@ -159,8 +170,13 @@ def forward(
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
-    tile = tile or oracle_tile(q.dtype, dim, ratio)
     first, end = span or (0, length)
+    if tile is None and scale > 0 and _on_hopper(q, k, v):
+        from . import hopper
+
+        settings = {"block_size": block_size, "window": window, "scale": scale, "first": first, "end": end}
+        return hopper.forward(q, k, v, q_offset, start, out, lse, scores, **settings)
+    tile = tile or oracle_tile(q.dtype, dim, ratio)
     tiles = triton.cdiv(end - first, tile.queries)
     total = tiles * batch * groups
     programs = min(total, tile.programs(q.device))

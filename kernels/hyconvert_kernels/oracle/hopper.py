@@ -1,0 +1,485 @@
+"""Forward of oracle attention for Hopper, in Gluon: what it fills is what `forward` fills.
+
+A warp fetches keys and values by bulk copies, and two warpgroups, of 64 rows of a tile each, multiply. Each keeps the
+next step's logits and this step's output in flight across its softmax, and the two take turns, so that one multiplies
+while the other exponentiates (the schedule of FlashAttention-3, arXiv 2407.08608). Steps run from the diagonal down, so
+that the masked ones come first.
+
+Gluon belongs to Triton and may change with it: `fits` says where this has been checked. Elsewhere `forward` runs its
+own kernel.
+"""
+
+import functools
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..configs import hopper_tile, processors, strides
+
+FAR = gl.constexpr(2147483647)
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # before Triton 3.8
+
+
+@gluon.jit
+def _locate(i, pid, programs, tiles, G: gl.constexpr):
+    """The i-th tile of a program: the list (longest first) is dealt out there and back."""
+    turn = gl.where(i % 2 == 0, pid, programs - 1 - pid)
+    work = i * programs + turn
+    return tiles - 1 - work % tiles, work // tiles // G, work // tiles % G, work
+
+
+@gluon.jit
+def _extent(slots, starts, seg, window, BN: gl.constexpr):
+    inside = starts == seg
+    high = gl.max(gl.where(inside, slots, -1), 0) + 1
+    low = gl.min(gl.where(inside, slots, FAR), 0)
+    free = gl.maximum(low - window + 1 - seg, 0) // BN
+    return high, free, gl.maximum((high - seg + BN - 1) // BN, 1)  # a tile of empty rows takes a step too
+
+
+@gluon.jit
+def _producer(
+    k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles, window,
+    k_rows, k_cols, v_rows, v_cols,
+    G: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    k_smem, v_smem = kv
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    step = 0
+    for i in range(0, (total_tiles + programs - 1) // programs):
+        tile, row, group, work = _locate(i, pid, programs, tiles, G)
+        if work < total_tiles:
+            t = T0 + tile * BQ + gl.arange(0, BQ, L)
+            slots = gl.load(OFFSET + row).to(gl.int32) + t
+            starts = gl.load(START + row.to(gl.int64) * T + t, mask=t < T1, other=FAR).to(gl.int32)
+            seg = gl.min(starts, 0)
+            k_row = row * k_rows[0] + group * k_rows[1]
+            v_row = row * v_rows[0] + group * v_rows[1]
+            while seg < FAR:
+                _high, _free, steps = _extent(slots, starts, seg, window, BN)
+                for j in range(0, steps):
+                    n = seg + (steps - 1 - j) * BN
+                    stage, phase = step % STAGES, step // STAGES & 1
+                    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                    _load(k_desc, [k_row + n, group * k_cols], k_full.index(stage), k_smem.index(stage))
+                    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                    _load(v_desc, [v_row + n, group * v_cols], v_full.index(stage), v_smem.index(stage))
+                    step += 1
+                seg = gl.min(gl.where(starts > seg, starts, FAR), 0)
+
+
+@gluon.jit
+def _softmax(
+    s, top, n, position, slots, high, raw, rows, scale_log2, window,
+    BM: gl.constexpr, BN: gl.constexpr, SUB: gl.constexpr, MASK: gl.constexpr, SCORE: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Weights, the new top and the decay of a step's raw logits; block maxima go to ``raw`` in log2 units."""
+    parts: gl.constexpr = BN // SUB
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    keys = n + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
+    if SCORE:
+        seen = s
+        if MASK:
+            seen = gl.where(keys[None, :] <= slots[:, None] - window, s, float("-inf"))
+        if parts == 1:
+            block = gl.max(seen, 1)
+            if MASK:
+                gl.store(
+                    raw + position * BM + rows,
+                    block * scale_log2,
+                    mask=(n <= high - 1 - window) & (rows >= 0),
+                )
+            else:
+                gl.store(raw + position * BM + rows, block * scale_log2)
+                best = block
+        else:
+            blocks = gl.max(seen.reshape([BM, parts, SUB]), 2)
+            PART: gl.constexpr = gl.SliceLayout(0, blocks.type.layout)
+            part = gl.arange(0, parts, PART)
+            row = gl.arange(0, BM, gl.SliceLayout(1, blocks.type.layout))
+            place = raw + (position + part)[None, :] * BM + row[:, None]
+            if MASK:
+                gl.store(
+                    place,
+                    blocks * scale_log2,
+                    mask=((n + part * SUB) <= high - 1 - window)[None, :] & (row >= 0)[:, None],
+                )
+            else:
+                gl.store(place, blocks * scale_log2)
+                best = gl.convert_layout(gl.max(blocks, 1), ROW, assert_trivial=True)
+    if MASK:
+        s = gl.where(keys[None, :] <= slots[:, None], s, float("-inf"))
+        best = gl.max(s, 1)
+    elif not SCORE:
+        best = gl.max(s, 1)
+    new = gl.maximum(top, best * scale_log2)
+    safe = new
+    if MASK:
+        safe = gl.where(new == float("-inf"), 0.0, new)
+    weights = gl.exp2(s * scale_log2 - safe[:, None])
+    return weights, new, gl.exp2(top - safe)
+
+
+@gluon.jit
+def _step(
+    acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    mine, theirs, turn, scale_log2, window,
+    BM: gl.constexpr, BN: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    SCORE: gl.constexpr, TURNS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Logits of the keys from ``n`` on, while the weights ``p`` of the step before meet their values."""
+    last = step % STAGES
+    stage, phase = (step + 1) % STAGES, (step + 1) // STAGES & 1
+    mbarrier.wait(k_full.index(stage), phase)
+    if TURNS:
+        mbarrier.wait(mine, turn & 1)
+    zero = gl.zeros([BM, BN], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+    if TURNS:
+        mbarrier.arrive(theirs)
+    s, acc = warpgroup_mma_wait(1, deps=[s, acc])
+    mbarrier.arrive(k_empty.index(stage))
+    weights, top, decay = _softmax(
+        s,
+        top,
+        n,
+        (n - seg) // SUB,
+        slots,
+        high,
+        raw,
+        rows,
+        scale_log2,
+        window,
+        BM,
+        BN,
+        SUB,
+        MASK,
+        SCORE,
+        S_LAYOUT,
+    )
+    total = total * decay + gl.sum(weights, 1)
+    after = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    # Needed by the next step only, but its loop keeps ptxas from waiting for the product before the weights.
+    mbarrier.wait(v_full.index(stage), phase)
+    acc, p, after = warpgroup_mma_wait(0, deps=[acc, p, after])
+    mbarrier.arrive(v_empty.index(last))
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    return acc, top, total, after
+
+
+@gluon.jit
+def _consumer(
+    W: gl.constexpr, q_smem, kv, k_full, k_empty, v_full, v_empty, turns, cleaned,
+    Q, OUT, LSE, RAW, SCORES, OFFSET, START, q_strides, o_strides,
+    T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+    G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, WQ: gl.constexpr, D: gl.constexpr,
+    BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    k_smem, v_smem = kv
+    BM: gl.constexpr = WQ * RP
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    MEM: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dtype: gl.constexpr = Q.dtype.element_ty
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    raw = RAW + (pid * 2 + W).to(gl.int64) * RAW_ROWS * BM
+    rows = gl.arange(0, BM, ROW)
+    step = 0
+    turn = 0
+    cleanings = 0
+    mine, theirs = turns.index(W), turns.index(1 - W)
+    for i in range(0, (total_tiles + programs - 1) // programs):
+        tile, row, group, work = _locate(i, pid, programs, tiles, G)
+        if work < total_tiles:
+            row64, group64 = row.to(gl.int64), group.to(gl.int64)
+            offset = gl.load(OFFSET + row).to(gl.int32)
+            t_all = T0 + tile * BQ + gl.arange(0, BQ, LINE)
+            starts_all = gl.load(START + row64 * T + t_all, mask=t_all < T1, other=FAR).to(gl.int32)
+            t_first = T0 + tile * BQ + W * WQ
+            m_rows = gl.arange(0, BM, gl.SliceLayout(1, MEM))
+            m_t = t_first + m_rows // RP
+            m_columns = gl.arange(0, D, gl.SliceLayout(0, MEM))
+            m_head = group64 * R + m_rows % RP
+            q = gl.load(
+                Q + row64 * q_strides[0] + (m_head * q_strides[1] + m_t.to(gl.int64) * q_strides[2])[:, None]
+                + m_columns[None, :], mask=((m_t < T1) & (m_rows % RP < R))[:, None], other=0.0,
+            )  # fmt: skip
+            _barrier()  # all have multiplied by the tile before
+            q_smem.store(q)
+            fence_async_shared()
+            _barrier()
+            slots = offset + t_first + rows // RP
+            seg = gl.min(starts_all, 0)
+            while seg < FAR:
+                high, free, steps = _extent(offset + t_all, starts_all, seg, window, BN)
+                top = gl.full([BM], float("-inf"), gl.float32, ROW)
+                acc = gl.zeros([BM, D], gl.float32, O_LAYOUT)
+                zero = gl.zeros([BM, BN], gl.float32, S_LAYOUT)
+                # Step 0, on the diagonal.
+                stage, phase = step % STAGES, step // STAGES & 1
+                mbarrier.wait(k_full.index(stage), phase)
+                s = warpgroup_mma(
+                    q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_empty.index(stage))
+                n = seg + (steps - 1) * BN
+                weights, top, _decay = _softmax(
+                    s, top, n, (n - seg) // SUB, slots, high, raw, rows, scale_log2, window, BM, BN, SUB, True, SCORE,
+                    S_LAYOUT,
+                )  # fmt: skip
+                total = gl.sum(weights, 1)
+                p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+                mbarrier.wait(v_full.index(stage), phase)
+                # Slots that no query of this batch row has reached may hold anything: their values count as zeros.
+                if n + BN > offset + T:
+                    if W == 0:
+                        v_keys = n + gl.arange(0, BN, gl.SliceLayout(1, MEM))
+                        clean = v_smem.index(stage).load(MEM)
+                        clean = gl.where((v_keys < offset + T)[:, None], clean, gl.zeros([BN, D], dtype, MEM))
+                        v_smem.index(stage).store(clean)
+                        fence_async_shared()
+                    mbarrier.arrive(cleaned)
+                    mbarrier.wait(cleaned, cleanings & 1)
+                    cleanings += 1
+                # Both loops are one step after the other; the second takes turns with the other warpgroup.
+                for _ in range(1, steps - free):
+                    n -= BN
+                    acc, top, total, p = _step(
+                        acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
+                        k_empty, v_full, v_empty, mine, theirs, 0, scale_log2, window,
+                        BM, BN, SUB, STAGES, True, SCORE, False, S_LAYOUT, O_LAYOUT,
+                    )  # fmt: skip
+                    step += 1
+                for _ in range(0, gl.minimum(free, steps - 1)):
+                    n -= BN
+                    acc, top, total, p = _step(
+                        acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
+                        k_empty, v_full, v_empty, mine, theirs, turn, scale_log2, window,
+                        BM, BN, SUB, STAGES, False, SCORE, True, S_LAYOUT, O_LAYOUT,
+                    )  # fmt: skip
+                    step += 1
+                    turn += 1
+                stage = step % STAGES
+                acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+                acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+                mbarrier.arrive(v_empty.index(stage))
+                step += 1
+                # Finish.
+                empty = total == 0.0
+                safe = gl.where(empty, 1.0, total)
+                lse2 = gl.where(empty, float("-inf"), top + gl.log2(safe))
+                out = acc / gl.convert_layout(safe, O_ROW)[:, None]
+                o_rows = gl.arange(0, BM, O_ROW)
+                o_t = t_first + o_rows // RP
+                o_ok = (o_t < T1) & (o_rows % RP < R)
+                o_start = gl.load(START + row64 * T + o_t, mask=o_t < T1, other=FAR).to(gl.int32)
+                done = o_ok & (o_start == seg)
+                o_head = group64 * R + o_rows % RP
+                o_columns = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+                place = (
+                    OUT
+                    + row64 * o_strides[0]
+                    + (o_head * o_strides[1] + o_t.to(gl.int64) * o_strides[2])[:, None]
+                )
+                gl.store(place + o_columns[None, :], out.to(dtype), mask=done[:, None])
+                lse2_o = gl.convert_layout(lse2, O_ROW)
+                gl.store(LSE + (row64 * G * R + o_head) * T + o_t, lse2_o * 0.6931471805599453, mask=done)
+                if SCORE:
+                    _barrier()
+                    base = SCORES + (row64 * G + group64) * (T1 - T0) * NB
+                    _write_scores(
+                        raw, base, lse2, START + row64 * T, offset, t_first, seg, window, NB, T0, T1, BM, WQ, R, RP,
+                        BLOCK, SUB, 32,
+                    )  # fmt: skip
+                    _barrier()
+                seg = gl.min(gl.where(starts_all > seg, starts_all, FAR), 0)
+
+
+@gluon.jit
+def _write_scores(
+    raw, scores, lse2, starts, offset, t_first, seg, window, NB, T0, T1,
+    BM: gl.constexpr, WQ: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr,
+    C: gl.constexpr,
+):  # fmt: skip
+    parts: gl.constexpr = BLOCK // SUB
+    IN: gl.constexpr = gl.BlockedLayout([1, RP], [2, 16], [4, 1], [1, 0])
+    TO: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    TO_Q: gl.constexpr = gl.SliceLayout(0, TO)
+    rows = gl.arange(0, BM, gl.SliceLayout(0, IN))
+    t_rows = t_first + rows // RP
+    row_ok = (t_rows < T1) & (rows % RP < R)
+    lse_in = gl.convert_layout(lse2, gl.SliceLayout(0, IN))
+    t_q = t_first + gl.arange(0, WQ, TO_Q)
+    ok_q = (gl.load(starts + t_q, mask=t_q < T1, other=FAR).to(gl.int32) == seg) & (t_q < T1)
+    slot_q = offset + t_q
+    last = gl.max(gl.where(ok_q, slot_q, -1), 0) - window
+    for c in range(0, NB, C):
+        block = c + gl.arange(0, C, gl.SliceLayout(1, IN))
+        best = gl.full([C, BM], float("-inf"), gl.float32, IN)
+        for part in gl.static_range(parts):
+            position = block * parts + part
+            seen = (seg + position * SUB <= last)[:, None] & row_ok[None, :]
+            value = gl.load(raw + position[:, None] * BM + rows[None, :], mask=seen, other=float("-inf"))
+            best = gl.maximum(best, value)
+        best = gl.exp2(best - lse_in[None, :])
+        group_best = gl.convert_layout(gl.max(best.reshape([C, WQ, RP]), 2), TO)
+        to_block = c + gl.arange(0, C, gl.SliceLayout(1, TO))
+        eligible = (seg + to_block * BLOCK)[:, None] <= slot_q[None, :] - window
+        group_best = gl.where(eligible, group_best, float("-inf"))
+        pointers = scores + (t_q - T0).to(gl.int64)[None, :] * NB + to_block[:, None]
+        gl.store(pointers, group_best, mask=(to_block < NB)[:, None] & ok_q[None, :])
+
+
+@gluon.jit
+def _hopper_forward(
+    Q, k_desc, v_desc, OUT, LSE, RAW, SCORES, OFFSET, START,
+    sqb, sqh, sqt, sob, soh, sot, krb, krg, kcg, vrb, vrg, vcg,
+    T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+    G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
+    BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
+    REGS: gl.constexpr,
+):  # fmt: skip
+    WQ: gl.constexpr = BQ // 2
+    dtype: gl.constexpr = Q.dtype.element_ty
+    Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WQ * RP, D], dtype)
+    q0 = gl.allocate_shared_memory(dtype, [WQ * RP, D], Q_LAYOUT)
+    q1 = gl.allocate_shared_memory(dtype, [WQ * RP, D], Q_LAYOUT)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleaned, count=2)
+    fence_async_shared()
+    mbarrier.arrive(turns.index(0))
+    kv = (k_smem, v_smem)
+    qs, os = (sqb, sqh, sqt), (sob, soh, sot)
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, q0, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
+                OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES,
+            )),
+            (_consumer, (
+                1, q1, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
+                OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES,
+            )),
+            (_producer, (
+                k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles,
+                window, (krb, krg), kcg, (vrb, vrg), vcg, G, BQ, BN, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGS, 24],
+    )  # fmt: skip
+
+
+TESTED = ("3.6",)
+"""Triton releases under which this was checked on a GPU."""
+
+
+@functools.cache
+def _capable(device: torch.device) -> bool:
+    release = ".".join(triton.__version__.split(".")[:2])
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and release in TESTED
+
+
+def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `forward` can take these inputs, on this device and under this Triton."""
+    return (
+        _capable(q.device)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] in (64, 128)
+        and _flat(k) is not None
+        and _flat(v) is not None
+    )
+
+
+def _flat(x: torch.Tensor) -> tuple[list[int], tuple[int, int, int]] | None:
+    """``x [B,G,S,d]`` as a matrix whose rows are its slots' stride apart, for bulk copies; None if it is none.
+
+    Returns:
+        The matrix's shape, and how far a batch row and a KV head are in rows, and a KV head in columns.
+    """
+    batch, groups, slots, dim = x.shape
+    row, group, slot, _ = x.stride()
+    inside = groups > 1 and group % slot != 0  # heads lie side by side in a slot's row
+    if (
+        slot < dim
+        or slot % 8
+        or x.data_ptr() % 16
+        or (batch > 1 and row % slot)
+        or (inside and group * groups > slot)
+    ):
+        return None
+    step = row // slot if batch > 1 else 0
+    down, across = (0, group) if inside else (group // slot if groups > 1 else 0, 0)
+    return [(batch - 1) * step + (groups - 1) * down + slots, (groups - 1) * across + dim], (
+        step,
+        down,
+        across,
+    )
+
+
+def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, first, end) -> None:
+    """`forward.forward` of queries ``first`` to ``end`` for inputs that `fits`; ``scale`` must be positive."""
+    batch, heads, length, dim = q.shape
+    groups, slots = k.shape[1], k.shape[2]
+    ratio = heads // groups
+    padded = triton.next_power_of_2(ratio)
+    tile = hopper_tile(ratio)
+    tiles = triton.cdiv(end - first, tile.queries)
+    total = tiles * batch * groups
+    programs = min(total, processors(q.device))
+    sub = min(block_size, tile.keys)
+    raw_rows = triton.cdiv(slots, sub) + tile.keys // 16
+    raw = torch.empty(
+        programs * raw_rows * 128 if scores is not None else 1, dtype=torch.float32, device=q.device
+    )
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([tile.keys, dim], dtype)
+    descriptors, steps = [], []
+    for x in (k, v):
+        shape, places = _flat(x)
+        descriptors.append(TensorDescriptor(x, shape, [x.stride(2), 1], [tile.keys, dim], layout))
+        steps += places
+    _hopper_forward[(programs,)](
+        q, *descriptors, out, lse, raw, scores if scores is not None else raw, q_offset, start,
+        *strides(q), *strides(out), *steps,
+        length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total, scale * 1.4426950408889634, window,
+        G=groups, R=ratio, RP=padded, BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size, SUB=sub,
+        SCORE=scores is not None, STAGES=tile.stages, REGS=tile.registers, num_warps=tile.warps,
+    )  # fmt: skip
