@@ -26,6 +26,7 @@ import torch
 
 import hyconvert_kernels as kernels
 from hyconvert_kernels.dispatch import on_device
+from hyconvert_kernels.oracle import forward as oracle_forward
 from hyconvert_kernels.window import forward as window_forward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
@@ -168,6 +169,37 @@ def twice(bad: Failures, name: str, function, *args, **settings):
     return first
 
 
+def check_hopper(
+    bad: Failures, case: Case, tensors: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]
+) -> dict[str, float]:
+    """The kernel that takes over oracle attention on Hopper at length, here at any, in both orders of its tiles."""
+    scale = case.dim**-0.5
+    hopper = oracle_forward.on_hopper(*tensors[:3], scale)
+    if hopper is None:
+        return {}
+    settings = {"block_size": case.block, "window": case.window, "scale": scale}
+    span = {"first": 0, "end": case.length}
+    error = 0.0
+    cached = hopper.HOPPER_CACHED
+    for order, bound in (("by length", cached), ("by line", 0)):
+        hopper.HOPPER_CACHED = bound
+        for with_scores in (True, False):
+            runs = []
+            for _ in range(2):
+                out, lse, scores = (torch.empty_like(x, dtype=torch.float32) for x in want)
+                out = out.to(case.dtype)
+                hopper.forward(*tensors, out, lse, scores if with_scores else None, **settings, **span)
+                runs.append((out, lse, scores if with_scores else None))
+            name = f"oracle on Hopper, {order}{', scores' * with_scores}"
+            bad.same(name, *runs)
+            error = max(error, bad.close(f"{name}: out", runs[0][0], want[0], TOLERANCE[case.dtype]))
+            bad.close(f"{name}: lse", runs[0][1], want[1], LSE_TOLERANCE[case.dtype])
+            if with_scores:
+                bad.close(f"{name}: scores", runs[0][2], want[2], max(1e-4, LSE_TOLERANCE[case.dtype]))
+    hopper.HOPPER_CACHED = cached
+    return {"oracle on Hopper": error}
+
+
 def check_prefill(case: Case) -> tuple[Failures, dict[str, float]]:
     """All prefill ops of one case."""
     bad, errors = Failures(), {}
@@ -195,6 +227,8 @@ def check_prefill(case: Case) -> tuple[Failures, dict[str, float]]:
         **blocked,
     )
     bad.close("oracle out without scores", plain[0], want[0], tol)
+
+    errors |= check_hopper(bad, case, (q, k, v, offset, start), want)
 
     for topk in {case.topk, 1}:
         chosen = twice(bad, "topk", kernels.block_topk, got[2], topk)

@@ -96,6 +96,12 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
     return Tile(queries_per_tile(128, ratio), 64, 8, 3)
 
 
+HOPPER_SLOTS = 16_384
+"""From so many slots on the kernel for Hopper takes over; it was timed at 32k and 128k."""
+HOPPER_CACHED = 96 << 20
+"""Bytes of keys and values of which it takes the tiles by length; of more, line by line. An H100 caches 50 MB."""
+
+
 def hopper_tile(ratio: int) -> Tile:
     """Forward of oracle attention on Hopper: 64 rows for each of two warpgroups, of ``registers`` per thread."""
     return Tile(128 // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)

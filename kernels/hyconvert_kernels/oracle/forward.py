@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import Tile, oracle_tile, strides
+from ..configs import HOPPER_SLOTS, Tile, oracle_tile, strides
 from ..tiles import FAR, LOG2E, finish, load_keys, load_rows, softmax_step, store_rows
 
 
@@ -136,15 +136,15 @@ def _oracle_forward(
         work = tl.atomic_add(COUNTER, 1)
 
 
-def _on_hopper(q, k, v) -> bool:
-    """Whether the kernel for Hopper takes these; it is not imported on a CPU, where there may be no Gluon."""
+def on_hopper(q, k, v, scale):
+    """The module of the kernel for Hopper, if it can take these; None on a CPU, where Gluon may be missing."""
     if not q.is_cuda:
-        return False
+        return None
     try:
         from . import hopper
     except ImportError:  # another Triton
-        return False
-    return hopper.fits(q, k, v)
+        return None
+    return hopper if hopper.fits(q, k, v, scale) else None
 
 
 def forward(
@@ -171,9 +171,7 @@ def forward(
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
     first, end = span or (0, length)
-    if tile is None and scale > 0 and _on_hopper(q, k, v):
-        from . import hopper
-
+    if tile is None and slots >= HOPPER_SLOTS and (hopper := on_hopper(q, k, v, scale)):
         settings = {"block_size": block_size, "window": window, "scale": scale, "first": first, "end": end}
         return hopper.forward(q, k, v, q_offset, start, out, lse, scores, **settings)
     tile = tile or oracle_tile(q.dtype, dim, ratio)

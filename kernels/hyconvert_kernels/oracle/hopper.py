@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..configs import hopper_tile, processors, strides
+from ..configs import HOPPER_CACHED, hopper_tile, processors, strides
 
 FAR = gl.constexpr(2147483647)
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
@@ -32,11 +32,20 @@ _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # b
 
 
 @gluon.jit
-def _locate(i, pid, programs, tiles, G: gl.constexpr):
-    """The i-th tile of a program: the list (longest first) is dealt out there and back."""
+def _locate(i, pid, programs, tiles, total_tiles, G: gl.constexpr, EVEN: gl.constexpr):
+    """The i-th tile of a program: the list (longest first) is dealt out there and back.
+
+    With EVEN the list goes by length, so that all programs have as much to do; else by line (batch row and KV head), so
+    that they read the same keys.
+    """
     turn = gl.where(i % 2 == 0, pid, programs - 1 - pid)
     work = i * programs + turn
-    return tiles - 1 - work % tiles, work // tiles // G, work // tiles % G, work
+    if EVEN:
+        lines = total_tiles // tiles
+        tile, line = tiles - 1 - work // lines, work % lines
+    else:
+        tile, line = tiles - 1 - work % tiles, work // tiles
+    return tile, line // G, line % G, work
 
 
 @gluon.jit
@@ -52,14 +61,14 @@ def _extent(slots, starts, seg, window, BN: gl.constexpr):
 def _producer(
     k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles, window,
     k_rows, k_cols, v_rows, v_cols,
-    G: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    G: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem = kv
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     pid, programs = gl.program_id(0), gl.num_programs(0)
     step = 0
     for i in range(0, (total_tiles + programs - 1) // programs):
-        tile, row, group, work = _locate(i, pid, programs, tiles, G)
+        tile, row, group, work = _locate(i, pid, programs, tiles, total_tiles, G, EVEN)
         if work < total_tiles:
             t = T0 + tile * BQ + gl.arange(0, BQ, L)
             slots = gl.load(OFFSET + row).to(gl.int32) + t
@@ -190,6 +199,7 @@ def _consumer(
     T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
     G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, WQ: gl.constexpr, D: gl.constexpr,
     BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem = kv
     BM: gl.constexpr = WQ * RP
@@ -209,7 +219,7 @@ def _consumer(
     cleanings = 0
     mine, theirs = turns.index(W), turns.index(1 - W)
     for i in range(0, (total_tiles + programs - 1) // programs):
-        tile, row, group, work = _locate(i, pid, programs, tiles, G)
+        tile, row, group, work = _locate(i, pid, programs, tiles, total_tiles, G, EVEN)
         if work < total_tiles:
             row64, group64 = row.to(gl.int64), group.to(gl.int64)
             offset = gl.load(OFFSET + row).to(gl.int32)
@@ -358,7 +368,7 @@ def _hopper_forward(
     T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
     G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
     BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
-    REGS: gl.constexpr,
+    EVEN: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     WQ: gl.constexpr = BQ // 2
     dtype: gl.constexpr = Q.dtype.element_ty
@@ -390,16 +400,16 @@ def _hopper_forward(
             (_consumer, (
                 0, q0, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
                 OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
-                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES, EVEN,
             )),
             (_consumer, (
                 1, q1, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
                 OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
-                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES, EVEN,
             )),
             (_producer, (
                 k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles,
-                window, (krb, krg), kcg, (vrb, vrg), vcg, G, BQ, BN, STAGES,
+                window, (krb, krg), kcg, (vrb, vrg), vcg, G, BQ, BN, STAGES, EVEN,
             )),
         ],
         [4, 1],
@@ -408,7 +418,7 @@ def _hopper_forward(
 
 
 TESTED = ("3.6",)
-"""Triton releases under which this was checked on a GPU."""
+"""Triton releases under which this was checked on a GPU; it compiles under 3.7 and 3.8 too."""
 
 
 @functools.cache
@@ -417,14 +427,15 @@ def _capable(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and release in TESTED
 
 
-def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
     """Whether `forward` can take these inputs, on this device and under this Triton."""
     return (
         _capable(q.device)
-        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == torch.bfloat16  # float16 was compiled, and not checked
         and q.shape[3] in (64, 128)
         and _flat(k) is not None
         and _flat(v) is not None
+        and scale > 0
     )
 
 
@@ -436,14 +447,10 @@ def _flat(x: torch.Tensor) -> tuple[list[int], tuple[int, int, int]] | None:
     """
     batch, groups, slots, dim = x.shape
     row, group, slot, _ = x.stride()
+    if slot < dim or slot % 8 or x.data_ptr() % 16 or (batch > 1 and row % slot):
+        return None
     inside = groups > 1 and group % slot != 0  # heads lie side by side in a slot's row
-    if (
-        slot < dim
-        or slot % 8
-        or x.data_ptr() % 16
-        or (batch > 1 and row % slot)
-        or (inside and group * groups > slot)
-    ):
+    if inside and group * groups > slot:
         return None
     step = row // slot if batch > 1 else 0
     down, across = (0, group) if inside else (group // slot if groups > 1 else 0, 0)
@@ -455,7 +462,7 @@ def _flat(x: torch.Tensor) -> tuple[list[int], tuple[int, int, int]] | None:
 
 
 def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, first, end) -> None:
-    """`forward.forward` of queries ``first`` to ``end`` for inputs that `fits`; ``scale`` must be positive."""
+    """`forward.forward` of queries ``first`` to ``end``, for inputs that `fits` takes."""
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
@@ -469,8 +476,7 @@ def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, s
     raw = torch.empty(
         programs * raw_rows * 128 if scores is not None else 1, dtype=torch.float32, device=q.device
     )
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([tile.keys, dim], dtype)
+    layout = gl.NVMMASharedLayout.get_default_for([tile.keys, dim], gl.bfloat16)
     descriptors, steps = [], []
     for x in (k, v):
         shape, places = _flat(x)
@@ -481,5 +487,6 @@ def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, s
         *strides(q), *strides(out), *steps,
         length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RP=padded, BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size, SUB=sub,
-        SCORE=scores is not None, STAGES=tile.stages, REGS=tile.registers, num_warps=tile.warps,
+        SCORE=scores is not None, STAGES=tile.stages,
+        EVEN=k.nbytes + v.nbytes <= HOPPER_CACHED, REGS=tile.registers, num_warps=tile.warps,
     )  # fmt: skip
