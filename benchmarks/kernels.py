@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hyconvert_kernels as kernels
 from benchmarks.check_kernels import Case, check_decode, check_prefill
+from hyconvert_kernels.oracle import forward as oracle_forward
 from hyconvert_kernels.window import forward as window_forward
 
 H, G, D, BLOCK, TOPK, WINDOW = 32, 8, 128, 64, 16, 128
@@ -84,14 +85,19 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
                 f"SDPA {name}", length, dense,
                 lambda: scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True),
             )  # fmt: skip
-    record(
-        "oracle without scores", length, dense,
-        lambda: kernels.oracle_attention(q, k, v, offset, start, with_scores=False, **SETTINGS),
-    )  # fmt: skip
-    record(
-        "oracle with top-k", length, dense,
-        lambda: kernels.oracle_attention_topk(q, k, v, offset, start, topk=TOPK, **SETTINGS),
-    )  # fmt: skip
+    taken_over = oracle_forward.HOPPER_SLOTS
+    two = length >= taken_over and oracle_forward.on_hopper(q, k, v, SCALE) is not None
+    for name in ("", ", portable kernel")[: 1 + two]:
+        oracle_forward.HOPPER_SLOTS = math.inf if name else taken_over
+        record(
+            f"oracle without scores{name}", length, dense,
+            lambda: kernels.oracle_attention(q, k, v, offset, start, with_scores=False, **SETTINGS),
+        )  # fmt: skip
+        record(
+            f"oracle with top-k{name}", length, dense,
+            lambda: kernels.oracle_attention_topk(q, k, v, offset, start, topk=TOPK, **SETTINGS),
+        )  # fmt: skip
+    oracle_forward.HOPPER_SLOTS = taken_over
     window = floor(4 * H * D * length * WINDOW, 4 * length * (H + G) * D)
     record(
         "window",

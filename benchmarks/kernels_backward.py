@@ -382,7 +382,8 @@ def measure(section: str, size: int, table: Any) -> None:
 
 
 PLOTTED = (
-    "SDPA flash", "SDPA cuDNN", "oracle with top-k", "sparse layer, independent", "sparse layer, correlated", "window",
+    "SDPA flash", "SDPA cuDNN", "oracle with top-k", "oracle with top-k, portable kernel",
+    "sparse layer, independent", "sparse layer, correlated", "window",
     "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "sparse layer backward", "window backward",
     "FlexAttention", "FlexAttention backward",
 )  # fmt: skip

@@ -230,7 +230,7 @@ class Lab:
             "processes": report["processes"],
             "settings": {
                 key: stage[key] for key in ("tokens", "sequence_length", "batch_tokens", "lr")
-            } | {"precision": report["recipe"]["precision"]},
+            } | {key: report["recipe"][key] for key in ("precision", "micro_tokens")},
             "steps": report["curve"][-1]["step"],
             "tokens_per_second": steady(report["curve"]),
             "wall_seconds": ended.seconds,
