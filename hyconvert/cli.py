@@ -15,7 +15,6 @@ from hyconvert.errors import PlanError, RecipeError
 from hyconvert.options import (
     Device,
     Json,
-    SequenceLength,
     parse_layers,
     parse_ratio,
     parse_share,
@@ -80,7 +79,10 @@ def convert(
     calibration_retrieval: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it with synthetic facts and repeats strewn in.")
     ] = 0.5,
-    sequence_length: SequenceLength = 2048,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=64, help="Tokens per sequence.  [default: 2048, or the base's positions if fewer]"),
+    ] = None,
     align: Annotated[bool, typer.Option("--align/--no-align", help="Align in closed form.")] = True,
     dtype: Annotated[
         str, typer.Option(help="auto keeps the checkpoint's; float32, bfloat16, float16.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from hyconvert.align import FitSettings, LayerFit, align
 from hyconvert.checkpoint import CheckpointWriter, Source, open_source, recorded_name
 from hyconvert.data import BUILTIN, read_texts, token_blocks
-from hyconvert.errors import PlanError
+from hyconvert.errors import DataError, PlanError
 from hyconvert.evaluate import perplexity, pick_device
 from hyconvert.kv import head_dim
 from hyconvert.loading import quiet_loading
@@ -28,6 +28,8 @@ from hyconvert.retrieval import mix_in
 from hyconvert_kernels.dispatch import attention_problem
 
 HELDOUT_SEQUENCES = 2
+LENGTH = 2048
+"""Tokens per sequence of calibration text, where the base was trained for so many."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,31 @@ class Calibration:
     Attributes:
         source: as `hyconvert.data.read_texts` takes it; None is the built-in text.
         tokens: tokens to fit on.
-        sequence_length: tokens per sequence, T.
+        sequence_length: tokens per sequence, T; None is 2,048, or the base's positions if those are fewer.
         column: the text column of formats with columns.
         retrieval: share of the sequences that have facts, questions and repeats strewn in (`hyconvert.retrieval`).
     """
 
     source: str | None = None
     tokens: int = 65_536
-    sequence_length: int = 2048
+    sequence_length: int | None = None
     column: str = "text"
     retrieval: float = 0.5
+
+    def suited_to(self, config: Any) -> Calibration:
+        """The same with a sequence length, for a base of this config.
+
+        Raises:
+            DataError: its sequences are longer than the base was trained for.
+        """
+        limit = getattr(config, "max_position_embeddings", None)
+        length = self.sequence_length or min(LENGTH, limit or LENGTH)
+        if limit and length > limit:
+            raise DataError(
+                f"sequences of {length} tokens are longer than the {limit} that the base was trained for; use a "
+                "smaller --sequence-length"
+            )
+        return replace(self, sequence_length=length)
 
 
 @dataclass
@@ -213,6 +230,7 @@ def convert(
     where = pick_device(device)
     source = open_source(base, revision=revision, dtype=dtype)
     family_of(source.config.model_type)
+    calibration = (calibration or Calibration()).suited_to(source.config) if align_layers else None
     chosen: Plan | None = None
     if plan or uniform or full_layers:
         if kv_budget is not None or costs is not None:
@@ -248,9 +266,9 @@ def convert(
         config.dtype = source.dtype
         report = ConversionReport(str(base), str(out), chosen, source.fingerprint, planning=planning)
         report.warnings = kernel_warnings(source.config, chosen)
-        if align_layers:
-            report.calibration = calibration or Calibration()
-            tokens = read_calibration(source, report.calibration)
+        if calibration is not None:
+            report.calibration = calibration
+            tokens = read_calibration(source, calibration)
             changed, added = _align(source, config, tokens, fit or FitSettings(), where, report, progress)
         else:
             changed, added = {}, initial_tensors(config)
@@ -313,7 +331,7 @@ def measured_plan(
 
 def read_calibration(source: Source, calibration: Calibration) -> Tensor:
     """[N, T] tokens to fit on, and `HELDOUT_SEQUENCES` more rows at the end to measure on."""
-    length = calibration.sequence_length
+    length = calibration.suited_to(source.config).sequence_length or LENGTH
     wanted = max(1, calibration.tokens // length) + HELDOUT_SEQUENCES
     texts = read_texts(calibration.source, column=calibration.column)
     name = f"the calibration text {calibration.source or BUILTIN}"

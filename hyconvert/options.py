@@ -34,7 +34,6 @@ def user_facing(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-SequenceLength = Annotated[int, typer.Option(min=64, help="Tokens per sequence.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, ...")]
 
 

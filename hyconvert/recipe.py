@@ -220,7 +220,7 @@ class CalibrationRecipe(_Frozen):
 
     source: str | None = None
     tokens: Count = 65_536
-    sequence_length: Count = 2048
+    sequence_length: Count | None = None
     column: str = "text"
     retrieval: float = Field(default=0.5, ge=0, le=1)
 

@@ -177,3 +177,25 @@ def test_an_existing_folder_is_kept_without_force(tiny_base: Callable[..., Path]
     assert stored(out) == before
     convert(tiny_base("llama"), out, uniform=2, align_layers=False, force=True)
     assert hyconvert.Plan.load(out / "plan.json").line == "F S0*2 F"
+
+
+def test_sequences_of_the_default_length_fit_the_base(
+    tiny_base: Callable[..., Path], tmp_path: Path, text: str
+) -> None:
+    report = convert(
+        tiny_base("llama"),
+        tmp_path / "out",
+        uniform=1,
+        calibration=Calibration(source=text, tokens=512),
+        **SMALL,
+    )
+    assert report.calibration is not None and report.calibration.sequence_length == 512
+
+
+def test_sequences_longer_than_the_base_knows_are_refused(
+    tiny_base: Callable[..., Path], tmp_path: Path, text: str
+) -> None:
+    calibration = Calibration(source=text, sequence_length=1024)
+    with pytest.raises(DataError, match="1024 tokens are longer than the 512"):
+        convert(tiny_base("llama"), tmp_path / "out", uniform=1, calibration=calibration)
+    assert not (tmp_path / "out").exists()
