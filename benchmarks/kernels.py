@@ -6,7 +6,8 @@
 CUDA-event timings (`triton.testing.do_bench`), decode under a CUDA graph. If a check fails, nothing is timed. `floor`
 is the larger of operations over the measured rate of a large bfloat16 product and least bytes over the measured
 bandwidth of a copy. Selections are synthetic: `independent` is the worst case; with `as text at 8k` 32 neighbouring
-queries want 2.5 times top-k blocks, as SmolLM2's do at 8k (`benchmarks.selections`), with `correlated` 1.7 times, as at 4k.
+queries want 2.5 times top-k blocks, as SmolLM2's do at 8k (`benchmarks.selections`); with `correlated` 1.7 times, as at
+4k.
 """
 
 from __future__ import annotations
