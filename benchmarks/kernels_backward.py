@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import hyconvert_kernels as kernels
+from benchmarks.check_kernels import taken
 from benchmarks.kernels import BLOCK, WINDOW, D, G, H, selection
 
 KEEP = 0.97
@@ -211,9 +212,7 @@ def flex_mask(layer: Layer) -> Any:
     wide, tiles = 128, length // 128
     if length % wide:
         raise ValueError(f"FlexAttention is timed at multiples of {wide} tokens only, not at {length}")
-    chosen = torch.zeros(groups, length, length // BLOCK + 1, dtype=torch.bool, device="cuda")
-    chosen.scatter_(2, torch.where(layer.indices[0] < 0, length // BLOCK, layer.indices[0]).long(), True)
-    chosen = chosen[..., :-1].contiguous()
+    chosen = taken(layer.indices[0], length // BLOCK).contiguous()
     touched = chosen.view(groups, tiles, wide, tiles, wide // BLOCK).any(4).any(2)
     at = torch.arange(tiles, device="cuda")
     back = at[:, None] - at

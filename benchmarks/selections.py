@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import hyconvert.modeling.attention as attention
+from benchmarks.check_kernels import taken
 from hyconvert.data import read_texts, token_blocks
 from hyconvert.evaluate import device_name, pick_device
 from hyconvert.loading import load, quiet_loading
@@ -28,12 +29,11 @@ TILES = (8, 16, 32, 64)
 def agreement(indices: Tensor, blocks: int) -> dict[str, float]:
     """Of selections ``[G,T,k]`` (-1 is none) among so many blocks; T is a multiple of the largest tile."""
     groups, length, k = indices.shape
-    taken = torch.zeros(groups, length, blocks + 1, dtype=torch.bool, device=indices.device)
-    taken = taken.scatter_(2, torch.where(indices < 0, blocks, indices).long(), True)[..., :blocks]
-    both, either = (taken[:, 1:] & taken[:, :-1]).sum(-1), (taken[:, 1:] | taken[:, :-1]).sum(-1)
+    chosen = taken(indices, blocks)
+    both, either = (chosen[:, 1:] & chosen[:, :-1]).sum(-1), (chosen[:, 1:] | chosen[:, :-1]).sum(-1)
     found = {"jaccard": (both / either.clamp(min=1)).mean().item()}
     for tile in TILES:
-        union = taken.view(groups, length // tile, tile, blocks).any(2).sum(-1)
+        union = chosen.reshape(groups, length // tile, tile, blocks).any(2).sum(-1)
         found[f"union of {tile}"] = union.float().mean().item() / k
     return found
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hyconvert.align import FitSettings, LayerFit, align
 from hyconvert.checkpoint import CheckpointWriter, Source, open_source, recorded_name
-from hyconvert.data import BUILTIN, read_texts, token_blocks
-from hyconvert.errors import DataError, PlanError
+from hyconvert.data import BUILTIN, check_length, read_texts, token_blocks
+from hyconvert.errors import PlanError
 from hyconvert.evaluate import perplexity, pick_device
 from hyconvert.kv import head_dim
 from hyconvert.loading import quiet_loading
@@ -56,13 +56,9 @@ class Calibration:
         Raises:
             DataError: its sequences are longer than the base was trained for.
         """
-        limit = getattr(config, "max_position_embeddings", None)
-        length = self.sequence_length or min(LENGTH, limit or LENGTH)
-        if limit and length > limit:
-            raise DataError(
-                f"sequences of {length} tokens are longer than the {limit} that the base was trained for; use a "
-                "smaller --sequence-length"
-            )
+        limit = getattr(config, "max_position_embeddings", None) or LENGTH
+        length = self.sequence_length or min(LENGTH, limit)
+        check_length(length, config)
         return replace(self, sequence_length=length)
 
 
@@ -330,8 +326,14 @@ def measured_plan(
 
 
 def read_calibration(source: Source, calibration: Calibration) -> Tensor:
-    """[N, T] tokens to fit on, and `HELDOUT_SEQUENCES` more rows at the end to measure on."""
-    length = calibration.suited_to(source.config).sequence_length or LENGTH
+    """[N, T] tokens to fit on, and `HELDOUT_SEQUENCES` more rows at the end to measure on.
+
+    Args:
+        source: the base.
+        calibration: suited to it.
+    """
+    length = calibration.sequence_length
+    assert length is not None
     wanted = max(1, calibration.tokens // length) + HELDOUT_SEQUENCES
     texts = read_texts(calibration.source, column=calibration.column)
     name = f"the calibration text {calibration.source or BUILTIN}"

@@ -68,6 +68,20 @@ def read_rows(
         yield from _column(source, column, subset, split)
 
 
+def check_length(length: int, config: Any) -> None:
+    """Refuse sequences that are longer than a base of this config was trained for.
+
+    Raises:
+        DataError: they are.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise DataError(
+            f"sequences of {length} tokens are longer than the {limit} that the base was trained for; use a smaller "
+            "--sequence-length"
+        )
+
+
 def token_blocks(
     texts: Iterable[str], tokenizer: Any, *, sequences: int, length: int, name: str, cap: int = 4
 ) -> Tensor:

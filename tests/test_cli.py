@@ -29,20 +29,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    *(
-        "--sequence-length",
-        "256",
-        "--fit-tokens",
-        "512",
-        "--prompts",
-        "1",
-        "--questions",
-        "0",
-        "--decoys",
-        "0",
-    ),
-    *("--copies", "1", "--block-size", "16", "--topk", "2", "--window", "16", "--device", "cpu"),
-]
+    "--sequence-length", "256", "--fit-tokens", "512", "--prompts", "1", "--questions", "0", "--decoys", "0",
+    "--copies", "1", "--block-size", "16", "--topk", "2", "--window", "16", "--device", "cpu",
+]  # fmt: skip
 """Options of `measure` for a tiny base."""
 
 

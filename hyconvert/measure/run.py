@@ -13,7 +13,7 @@ from hyconvert.align.run import RowReader
 from hyconvert.align.walk import LayerVisit, LayerWalk
 from hyconvert.checkpoint import Source, open_source, recorded_name
 from hyconvert.conversion import dense_plan, load_base_as
-from hyconvert.data import BUILTIN, read_texts, token_blocks
+from hyconvert.data import BUILTIN, check_length, read_texts, token_blocks
 from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.evaluate import device_name, pick_device
 from hyconvert.measure.candidates import fit_candidate, make_candidate, run_from
@@ -116,14 +116,10 @@ def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Ten
     """[N, T] tokens to fit on, and prompts to measure on, from different parts of the calibration text.
 
     Raises:
-        DataError: the text is too short.
+        DataError: the text is too short, or its sequences are longer than the base was trained for.
     """
     length = settings.sequence_length
-    limit = getattr(source.config, "max_position_embeddings", None)
-    if limit and length > limit:
-        raise DataError(
-            f"sequences of {length} tokens are longer than the {limit} that the base was trained for"
-        )
+    check_length(length, source.config)
     fits = max(1, settings.fit_tokens // length)
     name = f"the calibration text {settings.calibration or BUILTIN}"
     tokenizer = source.load_tokenizer()

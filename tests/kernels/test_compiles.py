@@ -1,9 +1,5 @@
 """Kernels compile for an H100 on a machine without one: the interpreter takes what the compiler refuses."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton")
@@ -59,8 +55,6 @@ for rows in (1, 16):
 """
 
 
-def test_kernels_of_a_step_compile_for_an_h100():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+def test_kernels_of_a_step_compile_for_an_h100(compiling):
+    done = compiling(SCRIPT)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,8 +1,5 @@
 """The forward for Hopper, as far as a machine without one can tell: it compiles, and finds its tiles and keys."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +10,6 @@ pytest.importorskip("triton.experimental.gluon")
 from hyconvert_kernels.oracle import forward, hopper
 
 COMPILE = """
-import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -48,10 +44,8 @@ print(len(texts))
 """
 
 
-def test_it_compiles_for_an_h100():
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+def test_it_compiles_for_an_h100(compiling):
+    done = compiling(COMPILE)
     assert done.stdout == "2\n", done.stderr[-2000:]
 
 

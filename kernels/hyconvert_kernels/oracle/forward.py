@@ -6,6 +6,8 @@ tile's epilogue normalises them, takes the maximum over the group's heads and wr
 A tile that spans several packed documents is walked once per document, so that blocks always begin at ``start``.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -136,15 +138,20 @@ def _oracle_forward(
         work = tl.atomic_add(COUNTER, 1)
 
 
-def on_hopper(q, k, v, scale):
-    """The module of the kernel for Hopper, if it can take these; None on a CPU, where Gluon may be missing."""
-    if not q.is_cuda:
-        return None
+@functools.cache
+def _hopper_module():
+    """The kernel for Hopper, which needs Gluon, or None under a Triton without it."""
     try:
         from . import hopper
-    except ImportError:  # another Triton
+    except ImportError:
         return None
-    return hopper if hopper.fits(q, k, v, scale) else None
+    return hopper
+
+
+def on_hopper(q, k, v, scale):
+    """The module of the kernel for Hopper, if it can take these; not imported for tensors of a CPU."""
+    hopper = _hopper_module() if q.is_cuda else None
+    return hopper if hopper and hopper.fits(q, k, v, scale) else None
 
 
 def forward(

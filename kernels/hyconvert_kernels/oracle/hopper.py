@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import HOPPER_CACHED, hopper_tile, processors, strides
+from ..tiles import FAR, LN2
 
-FAR = gl.constexpr(2147483647)
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # before Triton 3.8
 
@@ -105,36 +105,24 @@ def _softmax(
         seen = s
         if MASK:
             seen = gl.where(keys[None, :] <= slots[:, None] - window, s, float("-inf"))
+        # A mask has the layout of its pointers, which comparing rows gives it.
         if parts == 1:
             block = gl.max(seen, 1)
-            if MASK:
-                gl.store(
-                    raw + position * BM + rows,
-                    block * scale_log2,
-                    mask=(n <= high - 1 - window) & (rows >= 0),
-                )
-            else:
-                gl.store(raw + position * BM + rows, block * scale_log2)
-                best = block
+            store = (n <= high - 1 - window) & (rows >= 0) if MASK else None
+            gl.store(raw + position * BM + rows, block * scale_log2, mask=store)
+            best = block
         else:
             blocks = gl.max(seen.reshape([BM, parts, SUB]), 2)
             PART: gl.constexpr = gl.SliceLayout(0, blocks.type.layout)
             part = gl.arange(0, parts, PART)
             row = gl.arange(0, BM, gl.SliceLayout(1, blocks.type.layout))
             place = raw + (position + part)[None, :] * BM + row[:, None]
-            if MASK:
-                gl.store(
-                    place,
-                    blocks * scale_log2,
-                    mask=((n + part * SUB) <= high - 1 - window)[None, :] & (row >= 0)[:, None],
-                )
-            else:
-                gl.store(place, blocks * scale_log2)
-                best = gl.convert_layout(gl.max(blocks, 1), ROW, assert_trivial=True)
+            store = ((n + part * SUB) <= high - 1 - window)[None, :] & (row >= 0)[:, None] if MASK else None
+            gl.store(place, blocks * scale_log2, mask=store)
+            best = gl.convert_layout(gl.max(blocks, 1), ROW, assert_trivial=True)
     if MASK:
         s = gl.where(keys[None, :] <= slots[:, None], s, float("-inf"))
-        best = gl.max(s, 1)
-    elif not SCORE:
+    if MASK or not SCORE:  # else the best key is the best block's
         best = gl.max(s, 1)
     new = gl.maximum(top, best * scale_log2)
     safe = new
@@ -165,23 +153,8 @@ def _step(
     s, acc = warpgroup_mma_wait(1, deps=[s, acc])
     mbarrier.arrive(k_empty.index(stage))
     weights, top, decay = _softmax(
-        s,
-        top,
-        n,
-        (n - seg) // SUB,
-        slots,
-        high,
-        raw,
-        rows,
-        scale_log2,
-        window,
-        BM,
-        BN,
-        SUB,
-        MASK,
-        SCORE,
-        S_LAYOUT,
-    )
+        s, top, n, (n - seg) // SUB, slots, high, raw, rows, scale_log2, window, BM, BN, SUB, MASK, SCORE, S_LAYOUT,
+    )  # fmt: skip
     total = total * decay + gl.sum(weights, 1)
     after = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     # Needed by the next step only, but its loop keeps ptxas from waiting for the product before the weights.
@@ -314,7 +287,7 @@ def _consumer(
                 )
                 gl.store(place + o_columns[None, :], out.to(dtype), mask=done[:, None])
                 lse2_o = gl.convert_layout(lse2, O_ROW)
-                gl.store(LSE + (row64 * G * R + o_head) * T + o_t, lse2_o * 0.6931471805599453, mask=done)
+                gl.store(LSE + (row64 * G * R + o_head) * T + o_t, lse2_o * LN2, mask=done)
                 if SCORE:
                     _barrier()
                     base = SCORES + (row64 * G + group64) * (T1 - T0) * NB
@@ -454,15 +427,17 @@ def _flat(x: torch.Tensor) -> tuple[list[int], tuple[int, int, int]] | None:
         return None
     step = row // slot if batch > 1 else 0
     down, across = (0, group) if inside else (group // slot if groups > 1 else 0, 0)
-    return [(batch - 1) * step + (groups - 1) * down + slots, (groups - 1) * across + dim], (
-        step,
-        down,
-        across,
-    )
+    shape = [(batch - 1) * step + (groups - 1) * down + slots, (groups - 1) * across + dim]
+    return shape, (step, down, across)
 
 
-def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, first, end) -> None:
-    """`forward.forward` of queries ``first`` to ``end``, for inputs that `fits` takes."""
+def forward(
+    q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, first, end, by_length=None,
+) -> None:  # fmt: skip
+    """`forward.forward` of queries ``first`` to ``end``, for inputs that `fits` takes.
+
+    ``by_length`` says in which order tiles go, and is None for what suits the size; see `_locate`.
+    """
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
@@ -476,6 +451,8 @@ def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, s
     raw = torch.empty(
         programs * raw_rows * 128 if scores is not None else 1, dtype=torch.float32, device=q.device
     )
+    if by_length is None:
+        by_length = k.nbytes + v.nbytes <= HOPPER_CACHED
     layout = gl.NVMMASharedLayout.get_default_for([tile.keys, dim], gl.bfloat16)
     descriptors, steps = [], []
     for x in (k, v):
@@ -488,5 +465,5 @@ def forward(q, k, v, q_offset, start, out, lse, scores, *, block_size, window, s
         length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RP=padded, BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size, SUB=sub,
         SCORE=scores is not None, STAGES=tile.stages,
-        EVEN=k.nbytes + v.nbytes <= HOPPER_CACHED, REGS=tile.registers, num_warps=tile.warps,
+        EVEN=by_length, REGS=tile.registers, num_warps=tile.warps,
     )  # fmt: skip
