@@ -96,8 +96,8 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
     return Tile(queries_per_tile(128, ratio), 64, 8, 3)
 
 
-HOPPER_SLOTS = 16_384
-"""From so many slots on the kernel for Hopper takes over; it was timed at 32k and 128k."""
+HOPPER_SLOTS = 4096
+"""From so many slots on the kernels for Hopper take over: the least that they were timed at."""
 HOPPER_CACHED = 96 << 20
 """Bytes of keys and values of which it takes the tiles by length; of more, line by line. An H100 caches 50 MB."""
 

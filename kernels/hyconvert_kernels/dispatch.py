@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -107,6 +109,15 @@ def attention_problem(
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` with a contiguous last dimension, which is all that the kernels ask of it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@functools.cache
+def hopper_kernels(name: str) -> ModuleType | None:
+    """The module ``name`` of kernels for Hopper, which need Gluon, or None under a Triton without it."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}")
+    except ImportError:
+        return None
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -1,4 +1,4 @@
-"""The forward for Hopper, as far as a machine without one can tell: it compiles, and finds its tiles and keys."""
+"""The kernels for Hopper, as far as a machine without one can tell: they compile, and find their tiles and keys."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from hyconvert_kernels import hopper as shared
 from hyconvert_kernels.oracle import forward, hopper
 
 COMPILE = """
@@ -83,15 +84,11 @@ def test_every_tile_is_dealt_once(monkeypatch, tiles, lines, programs, even):
     ],
     ids=["dense", "heads inside", "fused", "static cache", "one head", "one head, several rows"],
 )
-def test_keys_are_found_in_the_matrix(make):
+def test_bulk_copies_take_the_keys_as_they_lie(make):
     x = make()
-    shape, (step, down, across) = hopper._flat(x)
-    matrix = x.as_strided(shape, (x.stride(2), 1))
-    for row in range(x.shape[0]):
-        for group in range(x.shape[1]):
-            at, column = row * step + group * down, group * across
-            found = matrix[at : at + x.shape[2], column : column + x.shape[3]]
-            assert torch.equal(found, x[row, group])
+    steps = shared.bulk_strides(x)
+    assert steps is not None and all(step % 8 == 0 for step in steps)
+    assert torch.equal(x.as_strided(x.shape, (*steps, 1)), x)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +97,15 @@ def test_keys_are_found_in_the_matrix(make):
         lambda: torch.randn(2, 3, 5, 20),  # rows of 40 bytes
         lambda: torch.randn(2, 3, 1, 16).expand(2, 3, 5, 16),
         lambda: torch.randn(2 * 3 * 5 * 16 + 1)[1:].view(2, 3, 5, 16),
-        lambda: torch.randn(2, 83)[:, :80].reshape(2, 1, 5, 16).as_strided((2, 1, 5, 16), (83, 80, 16, 1)),
+        lambda: torch.randn(2, 3, 16, 5).transpose(2, 3),
     ],
-    ids=["odd rows", "expanded", "unaligned", "batch between rows"],
+    ids=["odd rows", "expanded", "unaligned", "columns apart"],
 )
-def test_other_layouts_are_left_to_the_portable_kernel(make):
-    assert hopper._flat(make()) is None
+def test_other_layouts_are_copied_first_or_left_to_the_portable_kernel(make):
+    assert shared.bulk_strides(make()) is None
 
 
-def test_it_is_for_hopper_alone():
+def test_they_are_for_hopper_alone():
     q, k = torch.randn(1, 4, 5, 64, dtype=torch.bfloat16), torch.randn(1, 2, 5, 64, dtype=torch.bfloat16)
     assert forward.on_hopper(q, k, k, 0.1) is None
-    assert not hopper._capable(torch.device("cpu"))
+    assert not shared.capable(torch.device("cpu"))

@@ -6,13 +6,12 @@ tile's epilogue normalises them, takes the maximum over the group's heads and wr
 A tile that spans several packed documents is walked once per document, so that blocks always begin at ``start``.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..configs import HOPPER_SLOTS, Tile, oracle_tile, strides
+from ..dispatch import hopper_kernels
 from ..tiles import FAR, LOG2E, finish, load_keys, load_rows, softmax_step, store_rows
 
 
@@ -138,19 +137,9 @@ def _oracle_forward(
         work = tl.atomic_add(COUNTER, 1)
 
 
-@functools.cache
-def _hopper_module():
-    """The kernel for Hopper, which needs Gluon, or None under a Triton without it."""
-    try:
-        from . import hopper
-    except ImportError:
-        return None
-    return hopper
-
-
 def on_hopper(q, k, v, scale):
     """The module of the kernel for Hopper, if it can take these; not imported for tensors of a CPU."""
-    hopper = _hopper_module() if q.is_cuda else None
+    hopper = hopper_kernels("oracle.hopper") if q.is_cuda else None
     return hopper if hopper and hopper.fits(q, k, v, scale) else None
 
 

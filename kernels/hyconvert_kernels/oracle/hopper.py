@@ -9,8 +9,6 @@ Gluon belongs to Triton and may change with it: `fits` says where this has been 
 own kernel.
 """
 
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -18,17 +16,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import HOPPER_CACHED, hopper_tile, processors, strides
+from ..hopper import barrier, bulk_load, bulk_strides, bulk_tiles, capable
 from ..tiles import FAR, LN2
-
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # before Triton 3.8
 
 
 @gluon.jit
@@ -60,7 +54,6 @@ def _extent(slots, starts, seg, window, BN: gl.constexpr):
 @gluon.jit
 def _producer(
     k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles, window,
-    k_rows, k_cols, v_rows, v_cols,
     G: gl.constexpr, BQ: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem = kv
@@ -74,8 +67,6 @@ def _producer(
             slots = gl.load(OFFSET + row).to(gl.int32) + t
             starts = gl.load(START + row.to(gl.int64) * T + t, mask=t < T1, other=FAR).to(gl.int32)
             seg = gl.min(starts, 0)
-            k_row = row * k_rows[0] + group * k_rows[1]
-            v_row = row * v_rows[0] + group * v_rows[1]
             while seg < FAR:
                 _high, _free, steps = _extent(slots, starts, seg, window, BN)
                 for j in range(0, steps):
@@ -83,10 +74,10 @@ def _producer(
                     stage, phase = step % STAGES, step // STAGES & 1
                     mbarrier.wait(k_empty.index(stage), phase ^ 1)
                     mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                    _load(k_desc, [k_row + n, group * k_cols], k_full.index(stage), k_smem.index(stage))
+                    bulk_load(k_desc, [row, group, n, 0], k_full.index(stage), k_smem.index(stage))
                     mbarrier.wait(v_empty.index(stage), phase ^ 1)
                     mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                    _load(v_desc, [v_row + n, group * v_cols], v_full.index(stage), v_smem.index(stage))
+                    bulk_load(v_desc, [row, group, n, 0], v_full.index(stage), v_smem.index(stage))
                     step += 1
                 seg = gl.min(gl.where(starts > seg, starts, FAR), 0)
 
@@ -136,7 +127,7 @@ def _softmax(
 def _step(
     acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     mine, theirs, turn, scale_log2, window,
-    BM: gl.constexpr, BN: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
     SCORE: gl.constexpr, TURNS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Logits of the keys from ``n`` on, while the weights ``p`` of the step before meet their values."""
@@ -146,8 +137,8 @@ def _step(
     if TURNS:
         mbarrier.wait(mine, turn & 1)
     zero = gl.zeros([BM, BN], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    acc = warpgroup_mma(p, v_smem.index(last), acc, is_async=True)
+    s = warpgroup_mma(q_smem, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(last).reshape([BN, D]), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(theirs)
     s, acc = warpgroup_mma_wait(1, deps=[s, acc])
@@ -207,10 +198,10 @@ def _consumer(
                 Q + row64 * q_strides[0] + (m_head * q_strides[1] + m_t.to(gl.int64) * q_strides[2])[:, None]
                 + m_columns[None, :], mask=((m_t < T1) & (m_rows % RP < R))[:, None], other=0.0,
             )  # fmt: skip
-            _barrier()  # all have multiplied by the tile before
+            barrier()  # all have multiplied by the tile before
             q_smem.store(q)
             fence_async_shared()
-            _barrier()
+            barrier()
             slots = offset + t_first + rows // RP
             seg = gl.min(starts_all, 0)
             while seg < FAR:
@@ -222,7 +213,7 @@ def _consumer(
                 stage, phase = step % STAGES, step // STAGES & 1
                 mbarrier.wait(k_full.index(stage), phase)
                 s = warpgroup_mma(
-                    q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
+                    q_smem, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
@@ -238,9 +229,10 @@ def _consumer(
                 if n + BN > offset + T:
                     if W == 0:
                         v_keys = n + gl.arange(0, BN, gl.SliceLayout(1, MEM))
-                        clean = v_smem.index(stage).load(MEM)
+                        values = v_smem.index(stage).reshape([BN, D])
+                        clean = values.load(MEM)
                         clean = gl.where((v_keys < offset + T)[:, None], clean, gl.zeros([BN, D], dtype, MEM))
-                        v_smem.index(stage).store(clean)
+                        values.store(clean)
                         fence_async_shared()
                     mbarrier.arrive(cleaned)
                     mbarrier.wait(cleaned, cleanings & 1)
@@ -251,7 +243,7 @@ def _consumer(
                     acc, top, total, p = _step(
                         acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
                         k_empty, v_full, v_empty, mine, theirs, 0, scale_log2, window,
-                        BM, BN, SUB, STAGES, True, SCORE, False, S_LAYOUT, O_LAYOUT,
+                        BM, BN, D, SUB, STAGES, True, SCORE, False, S_LAYOUT, O_LAYOUT,
                     )  # fmt: skip
                     step += 1
                 for _ in range(0, gl.minimum(free, steps - 1)):
@@ -259,12 +251,12 @@ def _consumer(
                     acc, top, total, p = _step(
                         acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
                         k_empty, v_full, v_empty, mine, theirs, turn, scale_log2, window,
-                        BM, BN, SUB, STAGES, False, SCORE, True, S_LAYOUT, O_LAYOUT,
+                        BM, BN, D, SUB, STAGES, False, SCORE, True, S_LAYOUT, O_LAYOUT,
                     )  # fmt: skip
                     step += 1
                     turn += 1
                 stage = step % STAGES
-                acc = warpgroup_mma(p, v_smem.index(stage), acc, is_async=True)
+                acc = warpgroup_mma(p, v_smem.index(stage).reshape([BN, D]), acc, is_async=True)
                 acc, p = warpgroup_mma_wait(0, deps=[acc, p])
                 mbarrier.arrive(v_empty.index(stage))
                 step += 1
@@ -289,13 +281,13 @@ def _consumer(
                 lse2_o = gl.convert_layout(lse2, O_ROW)
                 gl.store(LSE + (row64 * G * R + o_head) * T + o_t, lse2_o * LN2, mask=done)
                 if SCORE:
-                    _barrier()
+                    barrier()
                     base = SCORES + (row64 * G + group64) * (T1 - T0) * NB
                     _write_scores(
                         raw, base, lse2, START + row64 * T, offset, t_first, seg, window, NB, T0, T1, BM, WQ, R, RP,
                         BLOCK, SUB, 32,
                     )  # fmt: skip
-                    _barrier()
+                    barrier()
                 seg = gl.min(gl.where(starts_all > seg, starts_all, FAR), 0)
 
 
@@ -337,7 +329,7 @@ def _write_scores(
 @gluon.jit
 def _hopper_forward(
     Q, k_desc, v_desc, OUT, LSE, RAW, SCORES, OFFSET, START,
-    sqb, sqh, sqt, sob, soh, sot, krb, krg, kcg, vrb, vrg, vcg,
+    sqb, sqh, sqt, sob, soh, sot,
     T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
     G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
     BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
@@ -348,8 +340,8 @@ def _hopper_forward(
     Q_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WQ * RP, D], dtype)
     q0 = gl.allocate_shared_memory(dtype, [WQ * RP, D], Q_LAYOUT)
     q1 = gl.allocate_shared_memory(dtype, [WQ * RP, D], Q_LAYOUT)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -382,7 +374,7 @@ def _hopper_forward(
             )),
             (_producer, (
                 k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles,
-                window, (krb, krg), kcg, (vrb, vrg), vcg, G, BQ, BN, STAGES, EVEN,
+                window, G, BQ, BN, STAGES, EVEN,
             )),
         ],
         [4, 1],
@@ -390,45 +382,16 @@ def _hopper_forward(
     )  # fmt: skip
 
 
-TESTED = ("3.6",)
-"""Triton releases under which this was checked on a GPU; it compiles under 3.7 and 3.8 too."""
-
-
-@functools.cache
-def _capable(device: torch.device) -> bool:
-    release = ".".join(triton.__version__.split(".")[:2])
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and release in TESTED
-
-
 def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
     """Whether `forward` can take these inputs, on this device and under this Triton."""
     return (
-        _capable(q.device)
+        capable(q.device)
         and q.dtype == torch.bfloat16  # float16 was compiled, and not checked
         and q.shape[3] in (64, 128)
-        and _flat(k) is not None
-        and _flat(v) is not None
+        and bulk_strides(k) is not None
+        and bulk_strides(v) is not None
         and scale > 0
     )
-
-
-def _flat(x: torch.Tensor) -> tuple[list[int], tuple[int, int, int]] | None:
-    """``x [B,G,S,d]`` as a matrix whose rows are its slots' stride apart, for bulk copies; None if it is none.
-
-    Returns:
-        The matrix's shape, and how far a batch row and a KV head are in rows, and a KV head in columns.
-    """
-    batch, groups, slots, dim = x.shape
-    row, group, slot, _ = x.stride()
-    if slot < dim or slot % 8 or x.data_ptr() % 16 or (batch > 1 and row % slot):
-        return None
-    inside = groups > 1 and group % slot != 0  # heads lie side by side in a slot's row
-    if inside and group * groups > slot:
-        return None
-    step = row // slot if batch > 1 else 0
-    down, across = (0, group) if inside else (group // slot if groups > 1 else 0, 0)
-    shape = [(batch - 1) * step + (groups - 1) * down + slots, (groups - 1) * across + dim]
-    return shape, (step, down, across)
 
 
 def forward(
@@ -453,15 +416,9 @@ def forward(
     )
     if by_length is None:
         by_length = k.nbytes + v.nbytes <= HOPPER_CACHED
-    layout = gl.NVMMASharedLayout.get_default_for([tile.keys, dim], gl.bfloat16)
-    descriptors, steps = [], []
-    for x in (k, v):
-        shape, places = _flat(x)
-        descriptors.append(TensorDescriptor(x, shape, [x.stride(2), 1], [tile.keys, dim], layout))
-        steps += places
     _hopper_forward[(programs,)](
-        q, *descriptors, out, lse, raw, scores if scores is not None else raw, q_offset, start,
-        *strides(q), *strides(out), *steps,
+        q, bulk_tiles(k, tile.keys), bulk_tiles(v, tile.keys), out, lse, raw, scores if scores is not None else raw,
+        q_offset, start, *strides(q), *strides(out),
         length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total, scale * 1.4426950408889634, window,
         G=groups, R=ratio, RP=padded, BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size, SUB=sub,
         SCORE=scores is not None, STAGES=tile.stages,
