@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +37,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import hyconvert_kernels as kernels
 from benchmarks.check_kernels import taken
 from benchmarks.kernels import BLOCK, WINDOW, D, G, H, selection
+from hyconvert_kernels.oracle import backward as oracle_backward
+from hyconvert_kernels.oracle import forward as oracle_forward
 
 KEEP = 0.97
 BACKENDS = (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
@@ -140,6 +144,15 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
+@contextlib.contextmanager
+def portable_kernels() -> Iterator[None]:
+    """Oracle attention without the kernels for Hopper."""
+    with contextlib.ExitStack() as stack:
+        for module in (oracle_forward, oracle_backward):
+            stack.enter_context(patch.object(module, "HOPPER_SLOTS", math.inf))
+        yield
+
+
 def gradients(
     table: Any,
     name: str,
@@ -173,6 +186,9 @@ def backward(length: int, table: Any) -> None:
         chosen = partial(sdpa_kernel, backend)
         gradients(table, f"SDPA {name} backward", length, dense, layer.dense, own, outer, chosen)
     gradients(table, "oracle backward", length, dense, layer.oracle, own, outer)
+    if oracle_backward.on_hopper(layer.q, layer.k):
+        name = "oracle backward, portable kernels"
+        gradients(table, name, length, dense, layer.oracle, own, outer, portable_kernels)
     sparse = table.floor(10 * H * D * length * 16 * BLOCK, moved)
     window = table.floor(10 * H * D * length * WINDOW, moved)
     both = sparse + window
@@ -198,7 +214,11 @@ def training(batch: int, table: Any) -> None:
             table.record(
                 f"SDPA {name} step, B={batch}", length, dense, step_of(layer.dense, own, layer.outer)
             )
-    table.record(f"full layer step, B={batch}", length, dense, step_of(layer.full, own, layer.outer))
+    full = step_of(layer.full, own, layer.outer)
+    table.record(f"full layer step, B={batch}", length, dense, full)
+    if oracle_backward.on_hopper(layer.q, layer.k):
+        with portable_kernels():
+            table.record(f"full layer step, portable kernels, B={batch}", length, dense, full)
     sparse = table.floor(14 * batch * heads * dim * length * (topk * BLOCK + WINDOW), 2 * moved)
     step = step_of(layer.sparse, layer.reads, layer.outer)
     table.record(f"sparse layer step, B={batch}", length, sparse, step)

@@ -107,6 +107,16 @@ def hopper_tile(ratio: int) -> Tile:
     return Tile(128 // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)
 
 
+def hopper_grad_q_tile() -> Tile:
+    """dQ of oracle attention on Hopper: 64 queries for each of two warpgroups."""
+    return Tile(128, 128, 4, 2, registers=240)
+
+
+def hopper_grad_kv_tile() -> Tile:
+    """dK and dV of oracle attention on Hopper: 64 keys for each of two warpgroups."""
+    return Tile(64, 128, 4, 3, registers=240)
+
+
 def sparse_tile(dtype: torch.dtype, dim: int, ratio: int, block_size: int) -> Tile:
     """Block-sparse forward; the queries per tile are the union's."""
     if dtype == torch.float32:

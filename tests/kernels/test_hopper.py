@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from hyconvert_kernels import hopper as shared
-from hyconvert_kernels.oracle import forward, hopper
+from hyconvert_kernels.oracle import forward, hopper, hopper_backward
 
 COMPILE = """
 import torch
@@ -23,12 +23,14 @@ class H100:
     get_current_stream = lambda self, at: 0
 
 class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
     def __getitem__(self, grid):
-        return lambda *args, **options: texts.append(kernel.warmup(*args, grid=grid, **options).asm["ptx"])
+        return lambda *args, **options: texts.append(self.kernel.warmup(*args, grid=grid, **options).asm["ptx"])
 
 driver.set_active(H100())
-kernel, texts = hopper._hopper_forward, []
-hopper._hopper_forward, hopper.processors = Compiled(), lambda device: 132
+texts = []
+hopper._hopper_forward, hopper.processors = Compiled(hopper._hopper_forward), lambda device: 132
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -40,14 +42,23 @@ for heads, dim, block, length, scored in ((8, 128, 64, 40960, True), (6, 64, 16,
         empty(1, heads, length, dim), empty(1, heads, length, dtype=torch.float32), scores if scored else None,
         block_size=block, window=128, scale=0.1, first=0, end=length,
     )
+from hyconvert_kernels.oracle import hopper_backward
+for name in ("_hopper_grad_q", "_hopper_grad_kv"):
+    setattr(hopper_backward, name, Compiled(getattr(hopper_backward, name)))
+for heads, dim in ((8, 128), (6, 64)):
+    q, k, of_query = empty(1, heads, 4096, dim), empty(1, 2, 4096, dim), empty(1, heads, 4096, dtype=torch.float32)
+    hopper_backward.backward(
+        q, k, k, empty(1, dtype=torch.int64), empty(1, 4096, dtype=torch.int64), q, of_query, q, of_query, q, k, k,
+        scale=0.1, window=1 << 30,
+    )
 assert all("setmaxnreg" in text and "wgmma.mma_async" in text for text in texts), "no warps are specialised"
 print(len(texts))
 """
 
 
-def test_it_compiles_for_an_h100(compiling):
+def test_they_compile_for_an_h100(compiling):
     done = compiling(COMPILE)
-    assert done.stdout == "2\n", done.stderr[-2000:]
+    assert done.stdout == "6\n", done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("even", [False, True], ids=["by line", "by length"])
@@ -70,6 +81,28 @@ def test_every_tile_is_dealt_once(monkeypatch, tiles, lines, programs, even):
     ]
     if even and total > 10 * programs:
         assert max(work) <= 1.01 * min(work)
+
+
+@pytest.mark.parametrize(
+    ("before", "masked", "free"), [(1, 1, 0), (2, 3, 5), (0, 0, 4), (0, 2, 1), (0, 0, 0)]
+)
+def test_every_query_and_key_is_met_once(monkeypatch, before, masked, free):
+    plain = SimpleNamespace(where=lambda condition, a, b: a if condition else b, maximum=max)
+    monkeypatch.setattr(hopper_backward, "gl", plain)
+    heads, wide, inside = 3, 64, range(before, before + free)  # of a head's tiles, those that need no mask
+    met = [
+        hopper_backward._kv_item.fn(step, (100, before, masked, free), heads, wide)
+        for step in range(heads * (masked + free))
+    ]
+    tiles = [(head, (at - 100) // wide) for head, at in met]
+    assert sorted(tiles) == [(head, tile) for head in range(heads) for tile in range(masked + free)]
+    assert all((tile in inside) == (step >= heads * masked) for step, (_, tile) in enumerate(tiles))
+    keys = [
+        hopper_backward._q_item.fn(step, (7, before, masked, free), wide) for step in range(masked + free)
+    ]
+    tiles = [(at - 7) // wide for at in keys]
+    assert sorted(tiles) == list(range(masked + free))
+    assert all((tile in inside) == (step >= masked) for step, tile in enumerate(tiles))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import Tile, causal_grad_kv_tile, causal_grad_q_tile, strides
-from ..dispatch import dense_rows
+from ..configs import HOPPER_SLOTS, Tile, causal_grad_kv_tile, causal_grad_q_tile, strides
+from ..dispatch import dense_rows, hopper_kernels
 from ..tiles import FAR, grad_rows, load_keys, load_rows, store_rows
 
 EVERYTHING = 1 << 30
@@ -177,6 +177,12 @@ def _causal_grad_kv(
     store_rows(GRAD_V + place, keys.to(tl.int64) * sds, acc_v, keys < S, D, DP)
 
 
+def on_hopper(q, k):
+    """The module of the kernels for Hopper, if they can take these; not imported for tensors of a CPU."""
+    hopper = hopper_kernels("oracle.hopper_backward") if q.is_cuda else None
+    return hopper if hopper and hopper.fits(q, k) else None
+
+
 def backward(
     q, k, v, q_offset, start, out, lse, grad, grad_lse, grad_q, grad_k, grad_v, *, scale, window=EVERYTHING,
     q_tile: Tile | None = None, kv_tile: Tile | None = None,
@@ -195,6 +201,12 @@ def backward(
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio, padded = heads // groups, triton.next_power_of_2(dim)
+    pinned = q_tile or kv_tile or window < EVERYTHING or slots < HOPPER_SLOTS
+    if not pinned and (hopper := on_hopper(q, k)):
+        grads = grad_q, grad_k, grad_v
+        return hopper.backward(
+            q, k, v, q_offset, start, out, lse, grad, grad_lse, *grads, scale=scale, window=window
+        )
     grad = dense_rows(grad)
     lse2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=q.device)
     shared = {"G": groups, "R": ratio, "D": dim, "DP": padded}

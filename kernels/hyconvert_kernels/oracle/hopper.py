@@ -137,7 +137,9 @@ def _step(
     if TURNS:
         mbarrier.wait(mine, turn & 1)
     zero = gl.zeros([BM, BN], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(
+        q_smem, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+    )
     acc = warpgroup_mma(p, v_smem.index(last).reshape([BN, D]), acc, is_async=True)
     if TURNS:
         mbarrier.arrive(theirs)
@@ -213,7 +215,11 @@ def _consumer(
                 stage, phase = step % STAGES, step // STAGES & 1
                 mbarrier.wait(k_full.index(stage), phase)
                 s = warpgroup_mma(
-                    q_smem, k_smem.index(stage).reshape([BN, D]).permute((1, 0)), zero, use_acc=False, is_async=True
+                    q_smem,
+                    k_smem.index(stage).reshape([BN, D]).permute((1, 0)),
+                    zero,
+                    use_acc=False,
+                    is_async=True,
                 )
                 s = warpgroup_mma_wait(0, deps=[s])
                 mbarrier.arrive(k_empty.index(stage))
