@@ -29,6 +29,7 @@ import hyconvert_kernels as kernels
 from hyconvert_kernels.dispatch import on_device
 from hyconvert_kernels.oracle import backward as oracle_backward
 from hyconvert_kernels.oracle import forward as oracle_forward
+from hyconvert_kernels.sparse import forward as sparse_forward
 from hyconvert_kernels.window import forward as window_forward
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
@@ -202,6 +203,48 @@ def check_hopper(
     return {"oracle on Hopper": error}
 
 
+def check_sparse(
+    bad: Failures,
+    case: Case,
+    tensors: tuple[torch.Tensor, ...],
+    selections: dict[str, tuple],
+    where: str = "",
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+    """Block-sparse attention of ``selections``, by name with what they should give, and of none.
+
+    Returns:
+        What the first one gave, and the largest error of an output.
+    """
+    q, k, v, offset, start = tensors
+    settings = {"block_size": case.block, "window": case.window, "scale": case.dim**-0.5}
+    results, errors = [], []
+    for name, (indices, want) in selections.items():
+        name += where
+        results.append(
+            twice(bad, name, kernels.block_sparse_attention, q, k, v, indices, offset, start, **settings)
+        )
+        errors.append(bad.close(f"{name} out", results[-1][0], want[0], TOLERANCE[case.dtype]))
+        bad.close(f"{name} lse", results[-1][1], want[1], LSE_TOLERANCE[case.dtype])
+    nothing = torch.full_like(indices, -1)
+    empty = kernels.block_sparse_attention(
+        q, k, v, nothing, offset, start, **settings, implementation="triton"
+    )
+    if bool((empty[0] != 0).any()) or bool((empty[1] != -math.inf).any()):
+        bad.append(f"sparse{where}: an empty selection must give 0 and -inf")
+    return results[0], max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+
+
+def check_hopper_sparse(
+    bad: Failures, case: Case, tensors: tuple[torch.Tensor, ...], selections: dict[str, tuple]
+) -> dict[str, float]:
+    """The kernel that takes over block-sparse attention on Hopper at length, here at any."""
+    q, k, v = tensors[:3]
+    if sparse_forward.on_hopper(q, k, v, torch.empty_like(q), case.dim**-0.5, case.block) is None:
+        return {}
+    with patch.object(sparse_forward, "HOPPER_QUERIES", 0):
+        return {"sparse on Hopper": check_sparse(bad, case, tensors, selections, " on Hopper")[1]}
+
+
 def check_prefill(case: Case) -> tuple[Failures, dict[str, float]]:
     """All prefill ops of one case."""
     bad, errors = Failures(), {}
@@ -244,24 +287,19 @@ def check_prefill(case: Case) -> tuple[Failures, dict[str, float]]:
 
     indices = with_topk[2]
     shuffled = torch.cat([indices.flip(-1), indices[..., :1]], -1)  # any order, and one block named twice
-    want_s = kernels.block_sparse_attention(
-        *double(q2, k, v), indices, offset, start, **blocked, implementation="reference"
-    )
-    for name, chosen in (("sparse", indices), ("sparse shuffled", shuffled)):
-        got_s = twice(bad, name, kernels.block_sparse_attention, q2, k, v, chosen, offset, start, **blocked)
-        errors["sparse"] = bad.close(f"{name} out", got_s[0], want_s[0], tol)
-        bad.close(f"{name} lse", got_s[1], want_s[1], lse_tol)
     many = torch.arange(128, dtype=torch.int32, device="cuda").expand(*indices.shape[:3], 128)
-    got_m = kernels.block_sparse_attention(q2, k, v, many, offset, start, **blocked, implementation="triton")
-    want_m = kernels.block_sparse_attention(
-        *double(q2, k, v), many, offset, start, **blocked, implementation="reference"
+    want_s, want_m = (
+        kernels.block_sparse_attention(
+            *double(q2, k, v), chosen, offset, start, **blocked, implementation="reference"
+        )
+        for chosen in (indices, many)
     )
-    bad.close("sparse all blocks", got_m[0], want_m[0], tol)
-    empty = kernels.block_sparse_attention(
-        q2, k, v, torch.full_like(indices, -1), offset, start, **blocked, implementation="triton"
-    )
-    if bool((empty[0] != 0).any()) or bool((empty[1] != -math.inf).any()):
-        bad.append("sparse: an empty selection must give 0 and -inf")
+    selections = {
+        "sparse": (indices, want_s), "sparse shuffled": (shuffled, want_s), "sparse all blocks": (many, want_m),
+    }  # fmt: skip
+    sparse_inputs = (q2, k, v, offset, start)
+    got_s, errors["sparse"] = check_sparse(bad, case, sparse_inputs, selections)
+    errors |= check_hopper_sparse(bad, case, sparse_inputs, selections)
 
     got_w = twice(bad, "window", kernels.window_attention, q, kw, vw, offset, start, **shared)
     want_w = kernels.window_attention(*double(q, kw, vw), offset, start, **shared, implementation="reference")

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import hyconvert_kernels as kernels
 from benchmarks.check_kernels import Case, check_decode, check_prefill
 from hyconvert_kernels.oracle import forward as oracle_forward
+from hyconvert_kernels.sparse import forward as sparse_forward
 from hyconvert_kernels.window import forward as window_forward
 
 H, G, D, BLOCK, TOPK, WINDOW = 32, 8, 128, 64, 16, 128
@@ -110,6 +111,8 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
     gate = torch.zeros(H, 1, device="cuda")
     shared = {"slots": length, "block_size": BLOCK, "window": WINDOW, "ratio": H // G}
     out = torch.empty_like(q)
+    sparse_over = sparse_forward.HOPPER_QUERIES
+    two = length >= sparse_over and sparse_forward.on_hopper(q, k, v, out, SCALE, BLOCK) is not None
     for name, keep in (("independent", 0.0), ("as text at 8k", 0.953), ("correlated", 0.97)):
         indices = selection(length, keep)
         union = kernels.tile_union(indices, offset, start, **shared)
@@ -119,10 +122,6 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
             lambda i=indices: kernels.tile_union(i, offset, start, **shared), union=size,
         )  # fmt: skip
         sparse = floor(4 * H * D * length * TOPK * BLOCK, 4 * length * (H + G) * D)
-        record(
-            f"sparse branch, {name}", length, sparse,
-            lambda i=indices, u=union: kernels.block_sparse_attention(q, k, v, i, offset, start, union=u, **SETTINGS),
-        )  # fmt: skip
 
         def fused(i: torch.Tensor = indices, u: object = union) -> None:
             far = kernels.block_sparse_attention(q, k, v, i, offset, start, union=u, **SETTINGS)
@@ -136,8 +135,17 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
             near = kernels.window_attention(q, kw, vw, offset, start, window=WINDOW, scale=SCALE)
             return kernels.merge_branches(*near, *far, gate)
 
-        record(f"sparse layer, {name}", length, sparse + window, fused)
-        record(f"sparse layer, own union, {name}", length, sparse + window, apart)
+        for which in ("", ", portable kernel")[: 1 + two]:
+            sparse_forward.HOPPER_QUERIES = math.inf if which else sparse_over
+            record(
+                f"sparse branch, {name}{which}", length, sparse,
+                lambda i=indices, u=union: kernels.block_sparse_attention(
+                    q, k, v, i, offset, start, union=u, **SETTINGS
+                ),
+            )  # fmt: skip
+            record(f"sparse layer, {name}{which}", length, sparse + window, fused)
+            record(f"sparse layer, own union, {name}{which}", length, sparse + window, apart)
+        sparse_forward.HOPPER_QUERIES = sparse_over
 
 
 def decode(

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ..configs import Tile, sparse_tile, strides
+from ..configs import HOPPER_QUERIES, Tile, sparse_tile, strides
+from ..dispatch import hopper_kernels
 from ..tiles import FAR, finish, load_rows, softmax_step, store_rows
 from .union import BlockUnion, union_queries
 
@@ -121,6 +122,12 @@ def build_union(
     )  # fmt: skip
 
 
+def on_hopper(q, k, v, out, scale, block_size):
+    """The module of the kernel for Hopper, if it can take these; not imported for tensors of a CPU."""
+    hopper = hopper_kernels("sparse.hopper") if q.is_cuda else None
+    return hopper if hopper and hopper.fits(q, k, v, out, scale, block_size) else None
+
+
 def forward(
     q, k, v, union: BlockUnion, q_offset, start, out, lse, *, block_size, window, scale, tile: Tile | None = None
 ):  # fmt: skip
@@ -128,6 +135,9 @@ def forward(
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     ratio = heads // groups
+    if tile is None and length >= HOPPER_QUERIES and (hopper := on_hopper(q, k, v, out, scale, block_size)):
+        settings = {"block_size": block_size, "window": window, "scale": scale}
+        return hopper.forward(q, k, v, union, q_offset, out, lse, **settings)
     tile = tile or sparse_tile(q.dtype, dim, ratio, block_size)
     tiles, capacity = union.slots.shape[2:]
     _sparse_forward[(tiles, batch * groups)](
