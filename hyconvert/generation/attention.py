@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,6 @@ SDPA_ORDER = [
     SDPBackend.MATH,
 ]
 
-LONG_TOKENS = 8192
-"""Prompts of more tokens, over all rows, are read in less memory; shorter ones in fewer launches."""
-
 
 class Selected(NamedTuple):
     """What a full layer leaves for its readers: its keys and values, the blocks, and their union per tile."""
@@ -56,7 +53,7 @@ class DenseWay(NamedTuple):
 
 @dataclass
 class Pass:
-    """One pass through the layers.
+    """One pass of tokens through the layers: a step's, or those of prompts or of a piece of them.
 
     Attributes:
         offset: [B] int64, slot of each row's first token in this pass.
@@ -64,9 +61,12 @@ class Pass:
         start: [B, T] int64, first slot that each token may see.
         cos, sin: RoPE's tables.
         padded: whether any row has padding.
+        at: of a prompt's pass, the slot that `offset` holds; tokens before it have gone through all layers.
+        ends: whether the pass holds the prompts' last tokens.
         selected: by full layer.
         implementation: of the kernels.
-        select: puts other block indices in the place of a layer's own, to time a given overlap; None for none.
+        select: puts other block indices [B, G, T, K] in the place of a layer's own, which begin at slot `at`, to time a
+            given overlap; None for none.
         dense: with it, a full layer without readers decodes by PyTorch's attention, over a fixed number of keys.
     """
 
@@ -76,9 +76,11 @@ class Pass:
     cos: Tensor
     sin: Tensor
     padded: bool = False
+    at: int = 0
+    ends: bool = True
     selected: dict[int, Selected] = field(default_factory=dict)
     implementation: str | None = None
-    select: Callable[[Tensor], Tensor] | None = None
+    select: Callable[[Tensor, int], Tensor] | None = None
     dense: DenseWay | None = None
 
 
@@ -96,18 +98,18 @@ def attend(
     Args:
         network: the model.
         index: of the layer.
-        x: [B, T, D], after the norm before attention; T > 1 is a whole prompt, T = 1 a step.
+        x: [B, T, D], after the norm before attention; T > 1 are tokens of prompts, T = 1 a step.
         cache: the layer's keys and values, of these B rows.
         now: the pass.
-        last_only: only the last token's output is wanted.
+        last_only: only the prompts' last token's output is wanted.
 
     Returns:
         [B, T, D], or with `last_only` perhaps [B, 1, D].
     """
     block = network.blocks[index]
-    if x.shape[1] == 1:
+    if x.shape[1] == 1 and now.ends:
         out = _decode(network, index, x, _fused(block, x, now), cache, now)
-    else:  # of a long prompt the fused projection is large, and given away so that `_prefill` can let go of it
+    else:  # the fused projection is large, and given away so that `_prefill` can let go of it
         out = _prefill(network, index, x, _fused(block, x, now), cache, now, last_only)
     return block.output(out.transpose(1, 2).flatten(2))
 
@@ -220,29 +222,33 @@ def _prefill(
 ) -> Tensor:
     block = network.blocks[index]
     length = x.shape[1]
-    long = x.shape[0] * length > LONG_TOKENS
     keys, values, scales = cache
+    where = whole = now.offset, now.start
     if scales is not None:  # attention within the prompt is by its keys and values as they were
         k, v = (x.new_empty(keys.shape[0], block.groups, length, block.dim) for _ in "kv")
         q, query = _queries(block, fused, k, v, now, False)
         cache.store(k, v)
     elif block.ring is None:
         q, query = _queries(block, fused, keys, values, now, False)
-        k, v = keys[:, :, :length], values[:, :, :length]
-    else:
-        k = keys.new_empty(keys.shape[0], block.groups, length, block.dim)
-        q, query = _queries(block, fused, k, None, now, False)
-        at = (block.heads + block.groups) * block.dim
-        v = fused[..., at : at + block.groups * block.dim].unflatten(-1, (-1, block.dim)).transpose(1, 2)
-        v = v.contiguous() if long else v
-        _fill_ring(keys, k)
-        _fill_ring(values, v)
+        k, v = keys[:, :, : now.at + length], values[:, :, : now.at + length]
+    else:  # what the ring holds of earlier pieces, and this piece
+        size = keys.shape[2]
+        kept = min(now.at, size)
+        shift = now.at - kept
+        k, v = (x.new_empty(keys.shape[0], block.groups, kept + length, block.dim) for _ in "kv")
+        where = now.offset - shift, (now.start - shift).clamp(min=0)
+        shifted = replace(now, offset=where[0], first=now.first - shift)
+        q, query = _queries(block, fused, k, v, shifted, False)
+        for ring, x_own in ((keys, k), (values, v)):
+            x_own[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
+            _fill_ring(ring, x_own, shift)
     gate = None
     if block.source is not None and block.merges:
-        gate = _gate_logit(block, fused).contiguous() if long else _gate_logit(block, fused)
-    del fused  # of a long prompt nothing holds it any more
+        gate = _gate_logit(block, fused).contiguous()
+    del fused
     settings = _settings(network, block, now)
-    where = now.offset, now.start
+    if last_only and not now.ends:
+        return q[:, :, -1:]  # nobody wants it
     if block.kind == "full" and last_only and not block.scored:
         one = now.offset + (length - 1), now.start[:, -1:]
         return oracle_attention(q[:, :, -1:], k, v, *one, with_scores=False, **settings)[0]
@@ -254,7 +260,7 @@ def _prefill(
         return branch[0] if block.attention is None else with_sink(*branch, block.attention.window_sink)[0]
     source = now.selected[block.source]
     k_far, v_far = (k, v) if block.kind == "reuse" else source.cache[:2]
-    far = block_sparse_attention(query, k_far, v_far, source.indices, *where, union=source.union, **settings)
+    far = block_sparse_attention(query, k_far, v_far, source.indices, *whole, union=source.union, **settings)
     del query
     far = _far_branch(block, far)
     if gate is not None:
@@ -268,7 +274,7 @@ def _prefill_full(
 ) -> Tensor:
     block = network.blocks[index]
     where = now.offset, now.start
-    if not block.scored and q.is_cuda and not now.padded:
+    if not block.scored and q.is_cuda and not now.padded and not now.at:
         with sdpa_kernel(SDPA_ORDER, set_priority=True):
             return torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=block.scale, enable_gqa=True
@@ -277,7 +283,7 @@ def _prefill_full(
         return oracle_attention(q, k, v, *where, with_scores=False, **settings)[0]
     out, _, indices = oracle_attention_topk(q, k, v, *where, topk=network.topk, **settings)
     if now.select is not None:
-        indices = now.select(indices)
+        indices = now.select(indices, now.at)
     union = tile_union(
         indices, *where, slots=k.shape[2], block_size=network.block_size, window=block.window,
         ratio=block.heads // block.groups, implementation=now.implementation,
@@ -287,16 +293,10 @@ def _prefill_full(
 
 
 def _far_branch(block: Block, far: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sparse branch with its sink and its value map; a long one is overwritten, a piece of the tokens at a time."""
+    """The sparse branch with its sink and its value map."""
     out, lse = with_sink(*far, block.attention.sparse_sink)
-    if block.attention.value_map is None:
-        return out, lse
-    value_map = block.attention.value_map.transpose(1, 2)
-    batch, _, length, _ = out.shape
-    if batch * length <= LONG_TOKENS:
-        return out @ value_map, lse
-    for part in out.split(max(1, LONG_TOKENS // batch), 2):
-        part.copy_(part @ value_map)
+    if block.attention.value_map is not None:
+        out = out @ block.attention.value_map.transpose(1, 2)
     return out, lse
 
 
@@ -307,12 +307,13 @@ def _mix(
     return out
 
 
-def _fill_ring(ring: Tensor, x: Tensor) -> None:
-    """Put the last tokens of x [B, G, T, d], which begin at slot 0, into their places of a ring."""
-    size, length = ring.shape[2], x.shape[2]
-    if length <= size:
-        ring[:, :, :length] = x
+def _fill_ring(ring: Tensor, x: Tensor, first: int) -> None:
+    """Put the last tokens of x [B, G, T, d], whose slots begin at `first`, into their places of a ring."""
+    size, end = ring.shape[2], first + x.shape[2]
+    if end <= size:
+        ring[:, :, first:end] = x
         return
-    turn = length % size  # the slot after the last one goes here
-    ring[:, :, turn:] = x[:, :, length - size : length - turn]
-    ring[:, :, :turn] = x[:, :, length - turn :]
+    turn = end % size  # the slot after the last one goes here
+    last = x[:, :, -size:]
+    ring[:, :, turn:] = last[:, :, : size - turn]
+    ring[:, :, :turn] = last[:, :, size - turn :]

@@ -16,8 +16,10 @@ from hyconvert.generation.network import Network, Norm, read_network
 from hyconvert.generation.sampling import Sampling
 from hyconvert_kernels import add_norm
 
-PREFILL_TOKENS = 32_768
-"""Tokens that pass through the layers at a time: rows of a batch are taken together up to so many."""
+PASS_TOKENS = 32_768
+"""Most tokens of prompts that pass through the layers at a time."""
+PASS_ELEMENTS = 1 << 25
+"""Most numbers in such a pass's hidden states, of which a layer needs a dozen times as much: 8,192 tokens of 4,096."""
 
 
 class Decoder:
@@ -64,7 +66,7 @@ class Decoder:
         self.network: Network = model if isinstance(model, Network) else read_network(model, implementation)
         self.batch, self.max_length = batch, max_length
         self.sampling = sampling or Sampling()
-        self.pad = pad
+        self.pad, self.kv_dtype = pad, kv_dtype
         self.implementation = implementation
         device = self.network.device
         self.graphed = device.type == "cuda" if graph is None else graph
@@ -74,7 +76,7 @@ class Decoder:
         """Tokens cached per row, padding counted; the host's copy of `offset`."""
         self.dense: DenseWay | None = None
         """See `Pass.dense`; call `forget_graph` after changing it."""
-        self.select: Callable[[Tensor], Tensor] | None = None
+        self.select: Callable[[Tensor, int], Tensor] | None = None
         """See `Pass.select`."""
         self.logits: Tensor | None = None
         """[B, V] that the latest tokens were chosen from; the next step overwrites it."""
@@ -123,13 +125,18 @@ class Decoder:
         self.at.zero_()
         self.finished.zero_()
         ids = input_ids.to(device)
-        rows = max(1, PREFILL_TOKENS // length)
+        rows = max(1, self.pass_tokens // length)
         logits = torch.cat(
             [self._read(ids[at : at + rows], slice(at, at + rows), padded) for at in range(0, batch, rows)]
         )
         self.logits = logits
         self._emit(self.sampling.choose(logits))
         return logits
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of prompts that pass through the layers at a time: several rows, or a piece of a long one."""
+        return max(1, min(PASS_TOKENS, PASS_ELEMENTS // self.network.embedding.shape[1]))
 
     def assume(self, length: int, seed: int = 0) -> None:
         """Fill the caches with random numbers as if prompts of `length` tokens had been read, to time what follows.
@@ -225,19 +232,29 @@ class Decoder:
         return torch.cat([input_ids.to(new.device), new], 1)
 
     def _read(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
-        """Logits [b, V] after some rows' prompts, which go into the caches."""
+        """Logits [b, V] after some rows' prompts, which go into the caches.
+
+        Long ones pass in pieces. A dense model takes a prompt as a whole, by PyTorch's attention, and so do caches in
+        FP8: a piece would find the earlier ones rounded.
+        """
         batch, length = ids.shape
-        slots = torch.arange(length, device=ids.device)
+        whole = self.kv_dtype is not None or not any(block.scored for block in self.network.blocks)
+        count = 1 if whole else -(-length // self.pass_tokens)
+        size = -(-length // count)
         first = self.first[rows]
-        now = Pass(
-            torch.zeros(batch, dtype=torch.int64, device=ids.device), first,
-            torch.minimum(first[:, None], slots).contiguous(), self.cos, self.sin, padded,
-            implementation=self.implementation, select=self.select,
-        )  # fmt: skip
-        return self._run(ids, rows, now)
+        for at in range(0, length, size):
+            piece = ids[:, at : at + size]
+            slots = torch.arange(at, at + piece.shape[1], device=ids.device)
+            now = Pass(
+                torch.full((batch,), at, dtype=torch.int64, device=ids.device), first,
+                torch.minimum(first[:, None], slots).contiguous(), self.cos, self.sin, padded, at,
+                at + size >= length, implementation=self.implementation, select=self.select,
+            )  # fmt: skip
+            logits = self._run(piece, rows, now)
+        return logits
 
     def _run(self, ids: Tensor, rows: slice, now: Pass) -> Tensor:
-        """Logits [b, V] of the last of ids [b, T]."""
+        """Logits [b, V] of the last of ids [b, T]; of a pass that does not end its prompts nothing, [b, 0]."""
         network = self.network
         x = torch.nn.functional.embedding(ids, network.embedding)
         residual: Tensor | None = None
@@ -251,6 +268,8 @@ class Decoder:
             out = attend(network, index, x, self.caches.of(index, rows), now, last_only=index == last)
             if block.source is not None and last_reader[block.source] == index:
                 del now.selected[block.source]
+            if index == last and not now.ends:
+                return out.new_empty(len(ids), 0)
             if index == last:  # nothing but the last token is wanted from here on
                 out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
             x, residual = self._norm(out, residual, block.between)

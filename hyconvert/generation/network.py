@@ -14,6 +14,7 @@ from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.families import Family, base_window, family_of
 from hyconvert.modeling.gates import MergeGate
 from hyconvert_kernels import linear
+from hyconvert_kernels.configs import library_rows
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of RoPE whose tables do not depend on how long the sequence is."""
@@ -37,8 +38,8 @@ class Linear:
     implementation: str | None = None
     fill: int = 0
 
-    def __call__(self, x: Tensor, gated: bool = False) -> Tensor:
-        return linear(x, self.weight, self.bias, gated=gated, implementation=self.implementation)
+    def __call__(self, x: Tensor, gated: bool = False, out: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, gated=gated, out=out, implementation=self.implementation)
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Network:
 class FusedMlp:
     """The gated MLP with one product for gate and up; many tokens go through it in pieces."""
 
-    def __init__(self, mlp: Any, implementation: str | None, tokens: int = 8192) -> None:
+    def __init__(self, mlp: Any, implementation: str | None, tokens: int = 4096) -> None:
         self.up = join([mlp.gate_proj, mlp.up_proj], implementation)
         self.down = Linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias, implementation)
         self.tokens = tokens
@@ -144,14 +145,20 @@ class FusedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        parts = [self.down(self.up(part, gated=True)) for part in flat.split(self.tokens)]
+        parts = [self._part(part) for part in flat.split(self.tokens)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """Of tokens [N, D]; the second product may be of more rows than there are, the others undefined."""
+        inner = x.new_empty(library_rows(len(x), x.device), self.down.weight.shape[1])
+        self.up(x, gated=True, out=inner[: len(x)])
+        return self.down(inner)[: len(x)]
 
 
 class ModuleMlp:
     """Any other MLP, experts among them, as transformers computes it."""
 
-    def __init__(self, mlp: Any, tokens: int = 8192) -> None:
+    def __init__(self, mlp: Any, tokens: int = 4096) -> None:
         self.mlp, self.tokens = mlp, tokens
 
     def weights(self) -> list[Tensor]:

@@ -224,7 +224,9 @@ def test_gains_compare_throughput_at_any_batch_and_steps_at_the_same() -> None:
 def test_synthetic_selections_are_eligible_and_overlap() -> None:
     network = read_network(mixed_model())
     length = 300
-    drawn = correlated(network, 2, length)(torch.zeros(2, 2, length, 2, dtype=torch.int32))
+    select = correlated(network, 2, length, keep=0.97)
+    drawn = select(torch.zeros(2, 2, length, 2, dtype=torch.int32), 0)
+    assert torch.equal(select(torch.zeros(2, 2, 40, 2, dtype=torch.int32), 200), drawn[:, :, 200:240])
     assert drawn.shape == (2, 2, length, 2) and drawn.dtype == torch.int32
     slots = torch.arange(length)[:, None]
     assert ((drawn == -1) | (drawn * network.block_size <= slots - 6)).all()

@@ -63,14 +63,35 @@ def test_greedy_tokens_are_transformers_under_every_plan(line: str, settings: di
     check(mixed_model(line=line, **settings))
 
 
-@pytest.mark.parametrize("settings", [{}, {"gate": "sigmoid", "maps": True, "sinks": True}], ids=str)
-def test_long_prompts_are_read_in_pieces(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyconvert.generation.attention.LONG_TOKENS", 12)  # of 3 x 27
-    check(mixed_model(line="F S0 R0 W F S4 F", **settings))
+@pytest.mark.parametrize("pieces", [2, 6])
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("F S0 R0 W F S4 F", {}),
+        ("F S0 R0 W F S4 W", {"gate": "sigmoid", "maps": True, "sinks": True}),
+        ("F S0 R0 F F S4 S4", {"window": 40}),
+        ("W F S1 R1 S1 W R1", {"block_size": 1, "topk": 5, "window": 2}),
+    ],
+    ids=str,
+)
+def test_long_prompts_are_read_in_pieces(
+    line: str, settings: dict[str, Any], pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", -(-PROMPT // pieces))
+    check(mixed_model(line=line, **settings))
 
 
+def test_a_piece_of_one_token_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 1)
+    check(mixed_model())
+
+
+@pytest.mark.parametrize("pass_tokens", [100, 10])
 @pytest.mark.parametrize("line", ["L*4 F S4 F", "L F S1 L W R1 L"])
-def test_greedy_tokens_are_transformers_with_sliding_layers_of_the_base(line: str) -> None:
+def test_greedy_tokens_are_transformers_with_sliding_layers_of_the_base(
+    line: str, pass_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", pass_tokens)
     kinds = ["sliding_attention" if token == "L" else "full_attention" for token in plan_kinds(line)]
     base = base_model("qwen2", sliding_window=11, use_sliding_window=True, layer_types=kinds)
     check(base)
@@ -97,7 +118,7 @@ def test_a_decoder_serves_prompt_after_prompt() -> None:
 
 
 def test_rows_that_are_read_one_after_the_other_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hyconvert.generation.decoder.PREFILL_TOKENS", PROMPT)
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", PROMPT)
     check(mixed_model())
 
 
@@ -107,6 +128,11 @@ def test_long_prompts_pass_the_mlp_in_pieces() -> None:
     for block in decoder.network.blocks:
         block.mlp.tokens = 10
     assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
+
+
+def test_products_may_be_of_more_rows_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.network.library_rows", lambda rows, device: rows + 5)
+    check(mixed_model())
 
 
 def test_writing_stops_where_every_row_has_ended() -> None:

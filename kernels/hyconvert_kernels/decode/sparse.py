@@ -44,7 +44,8 @@ def _sparse_split(
     K_SCALE=None, V_SCALE=None, SLOTS=None, W_K_SCALE=None, W_V_SCALE=None,
 ):  # fmt: skip
     await_inputs(EARLY)
-    split, line = tl.program_id(0), tl.program_id(1)
+    # The splits of the window are short and come last, so that the GPU is busy to the end.
+    line, split = tl.program_id(0), (tl.program_id(1) + W_SPLITS) % (W_SPLITS + S_SPLITS)
     row64, group64 = (line // G).to(tl.int64), (line % G).to(tl.int64)
     r = tl.arange(0, RM)
     row_ok = r < R
@@ -228,7 +229,7 @@ def sparse_decode(
     padded = triton.next_power_of_2(dim)
     early = early_start(q.device, let_next=False)  # slower with, at two rows and more
     window_arguments = dict(zip(("W_K_SCALE", "W_V_SCALE"), window_scales or (None, None), strict=True))
-    _sparse_split[(count, lines)](
+    _sparse_split[(lines, count)](
         q, k_window, v_window, q_sparse, k, v, indices, out, part, part_lse,
         q_offset, start, q_offset if ring else window_offset, start if ring else window_start,
         q.stride(0), q.stride(1), *strides(k_window), *strides(v_window), q_sparse.stride(0), q_sparse.stride(1),

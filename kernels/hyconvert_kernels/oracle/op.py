@@ -11,7 +11,7 @@ from ..fp8 import Scales, check_scales
 from ..registration import attention_backward, attention_grads, attention_outputs
 from . import reference
 
-SCORE_ELEMENTS = 1 << 26
+SCORE_ELEMENTS = 1 << 24
 """Scores that `oracle_attention_topk` holds at a time (its query chunk is cut to fit)."""
 
 

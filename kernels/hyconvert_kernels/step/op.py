@@ -39,13 +39,13 @@ def add_norm(
     return out, x if residual is None else residual
 
 
-def silu_mul(x: Tensor, *, implementation: str | None = None) -> Tensor:
-    """See `reference.silu_mul`."""
-    if choose("silu_mul", (x,), implementation) == "reference":
-        return reference.silu_mul(x)
+def silu_mul(x: Tensor, *, out: Tensor | None = None, implementation: str | None = None) -> Tensor:
+    """See `reference.silu_mul`; a contiguous ``out`` is filled."""
+    if choose("silu_mul", (x, out), implementation) == "reference":
+        return reference.silu_mul(x) if out is None else out.copy_(reference.silu_mul(x))
     from . import forward
 
-    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2) if out is None else out
     with on_device(x):
         forward.silu_mul(x.contiguous(), out)
     return out
@@ -57,25 +57,29 @@ def linear(
     bias: Tensor | None = None,
     *,
     gated: bool = False,
+    out: Tensor | None = None,
     most_rows: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """See `reference.linear`.
 
     Args:
+        out: contiguous, to be filled; only of a gated product.
         most_rows: products of up to so many rows, at most 16, run on our kernel, and larger ones on PyTorch's; None is
             as many as that is faster for.
     """
-    if choose("linear", (x, weight, bias), implementation) == "reference":
-        return reference.linear(x, weight, bias, gated=gated)
+    if choose("linear", (x, weight, bias, out), implementation) == "reference":
+        result = reference.linear(x, weight, bias, gated=gated)
+        return result if out is None else out.copy_(result)
     rows = x.numel() // x.shape[-1]
     most = matvec_rows(x.dtype) if most_rows is None else min(most_rows, 16)
     if not 0 < rows <= most or x.dtype not in DTYPES or weight.stride(-1) != 1:
-        out = torch.nn.functional.linear(x, weight, bias)
-        return silu_mul(out, implementation=implementation) if gated else out
+        product = torch.nn.functional.linear(x, weight, bias)
+        return silu_mul(product, out=out, implementation=implementation) if gated else product
     from . import matvec
 
-    out = x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gated else 1))
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], weight.shape[0] // (2 if gated else 1))
     with on_device(x):
         matvec.matvec(x.reshape(rows, -1), weight, bias, out.view(rows, -1), gated=gated)
     return out
