@@ -3,9 +3,9 @@
     python -m benchmarks.check_decode_loop
 
 Tiny random models in float32. Each is checked alone and left-padded, and one decoder serves prompts of several lengths,
-so that one graph replays over lengths that it was not captured at. Before that, what a step launches is checked in
-bfloat16 against the float32 reference. `benchmarks.end_to_end` refuses to time what fails here. Compiling takes most of
-the time.
+so that one graph replays over lengths that it was not captured at; prompts are read once more in pieces. Before that,
+what a step launches is checked in bfloat16 against the float32 reference. `benchmarks.end_to_end` refuses to time what
+fails here. Compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.check_kernels import taken
 from hyconvert.generation import Decoder, attention
+from hyconvert.generation import decoder as decoding
 from hyconvert.generation.caches import KV, Caches
 from hyconvert.generation.network import read_network
 from hyconvert_kernels import add_norm, linear, oracle_attention, silu_mul, split_heads
@@ -150,6 +152,11 @@ def check(model: Any) -> list[str]:
         again = decoder.generate(*prompts[0][:2], max_new_tokens=NEW)
         if not torch.equal(again, decoder.generate(*prompts[0][:2], max_new_tokens=NEW)):
             bad.append(f"graph={graph}: two runs differ")
+    with patch.object(decoding, "PASS_TOKENS", 40):  # two or four pieces
+        decoder = Decoder(on_gpu, batch=3, max_length=200)
+        for ids, mask, want in prompts:
+            if not torch.equal(decoder.generate(ids, mask, max_new_tokens=NEW).cpu(), want):
+                bad.append(f"{ids.shape[1]} tokens in pieces: other tokens")
     single = Decoder(on_gpu, batch=1, max_length=200)  # one row: our own product kernel
     ids = prompts[0][0][:1]
     want = model.generate(ids.cuda(), **greedy)
