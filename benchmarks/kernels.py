@@ -111,8 +111,8 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
     gate = torch.zeros(H, 1, device="cuda")
     shared = {"slots": length, "block_size": BLOCK, "window": WINDOW, "ratio": H // G}
     out = torch.empty_like(q)
-    sparse_over = sparse_forward.HOPPER_QUERIES
-    two = length >= sparse_over and sparse_forward.on_hopper(q, k, v, out, SCALE, BLOCK) is not None
+    sparse_over = sparse_forward.HOPPER_ROWS
+    two = H * length >= sparse_over and sparse_forward.on_hopper(q, k, v, out, SCALE, BLOCK) is not None
     for name, keep in (("independent", 0.0), ("as text at 8k", 0.953), ("correlated", 0.97)):
         indices = selection(length, keep)
         union = kernels.tile_union(indices, offset, start, **shared)
@@ -136,7 +136,7 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
             return kernels.merge_branches(*near, *far, gate)
 
         for which in ("", ", portable kernel")[: 1 + two]:
-            sparse_forward.HOPPER_QUERIES = math.inf if which else sparse_over
+            sparse_forward.HOPPER_ROWS = math.inf if which else sparse_over
             record(
                 f"sparse branch, {name}{which}", length, sparse,
                 lambda i=indices, u=union: kernels.block_sparse_attention(
@@ -145,7 +145,7 @@ def prefill(length: int, floor: Callable[[float, float], float], record: Callabl
             )  # fmt: skip
             record(f"sparse layer, {name}{which}", length, sparse + window, fused)
             record(f"sparse layer, own union, {name}{which}", length, sparse + window, apart)
-        sparse_forward.HOPPER_QUERIES = sparse_over
+        sparse_forward.HOPPER_ROWS = sparse_over
 
 
 def decode(

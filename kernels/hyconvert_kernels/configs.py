@@ -97,7 +97,7 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
 
 
 HOPPER_SLOTS = 8192
-"""From so many slots on the kernels for Hopper take over oracle attention. At 4096 they were no faster."""
+"""From so many slots on the kernels for Hopper take over oracle attention; of 4096 their launch takes longer."""
 HOPPER_CACHED = 96 << 20
 """Bytes of keys and values of which it takes the tiles by length; of more, line by line. An H100 caches 50 MB."""
 
@@ -117,8 +117,9 @@ def hopper_grad_kv_tile() -> Tile:
     return Tile(64, 128, 4, 3, registers=240)
 
 
-HOPPER_QUERIES = 8192
-"""From so many queries on block-sparse attention has its kernel for Hopper, which was timed from so many on."""
+HOPPER_ROWS = 1 << 18
+"""From so many queries on, times heads and batch rows, block-sparse attention has its kernel for Hopper; of fewer the
+launch takes longer than the kernel saves."""
 
 
 def hopper_sparse_tile() -> Tile:
@@ -217,7 +218,7 @@ def decode_splits(lines: int, steps: int, device: torch.device) -> int:
     count = processors(device)
     splits = -(-4 * count // lines)
     if lines >= count:
-        splits = max(splits, min(steps // 16, -(-32 * count // lines)))
+        splits = max(splits, min(steps // 16, max(16, -(-32 * count // lines))))
     return max(1, min(128, steps, splits))
 
 
@@ -229,9 +230,11 @@ def sparse_decode_tile(dtype: torch.dtype, dim: int, keys: int, device: torch.de
 
 
 def sparse_decode_splits(w_steps: int, s_steps: int, lines: int, device: torch.device) -> tuple[int, int]:
-    """Splits of a row's window and of its blocks: about four programs per multiprocessor, of one to eight steps."""
-    steps = w_steps + s_steps
-    per = max(1, min(8, -(-steps * lines // (4 * processors(device)))), -(-steps // 32))
+    """Splits of a row's window and of its blocks: about four programs per multiprocessor, of one to eight steps, and
+    where one program per row and KV head is enough for that, of up to sixteen."""
+    steps, programs = w_steps + s_steps, 4 * processors(device)
+    most = 16 if lines >= programs else 8
+    per = max(1, min(most, -(-steps * lines // programs)), -(-steps // 32))
     return -(-w_steps // per), -(-s_steps // per)
 
 

@@ -93,7 +93,7 @@ def test_long_caches_are_split_though_their_rows_fill_the_gpu(monkeypatch):
     monkeypatch.setattr(configs, "processors", lambda _: 132)
     device = torch.device("cpu")
     assert configs.decode_splits(8, 2048, device) == 66  # one row of 128k tokens
-    assert configs.decode_splits(904, 256, device) == 5  # 113 rows of 32k
+    assert configs.decode_splits(904, 256, device) == 16  # 113 rows of 32k
     assert configs.decode_splits(904, 8, device) == 1  # of 1k
     assert configs.decode_splits(8, 4, device) == 4  # never more splits than steps
 

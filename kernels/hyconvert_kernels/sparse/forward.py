@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..configs import HOPPER_QUERIES, Tile, sparse_tile, strides
+from ..configs import HOPPER_ROWS, Tile, sparse_tile, strides
 from ..dispatch import hopper_kernels
 from ..tiles import FAR, finish, load_rows, softmax_step, store_rows
 from .union import BlockUnion, union_queries
@@ -135,7 +135,8 @@ def forward(
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     ratio = heads // groups
-    if tile is None and length >= HOPPER_QUERIES and (hopper := on_hopper(q, k, v, out, scale, block_size)):
+    many = batch * heads * length >= HOPPER_ROWS
+    if tile is None and many and (hopper := on_hopper(q, k, v, out, scale, block_size)):
         settings = {"block_size": block_size, "window": window, "scale": scale}
         return hopper.forward(q, k, v, union, q_offset, out, lse, **settings)
     tile = tile or sparse_tile(q.dtype, dim, ratio, block_size)
