@@ -38,7 +38,6 @@ import hyconvert_kernels as kernels
 from benchmarks.check_kernels import taken
 from benchmarks.kernels import BLOCK, WINDOW, D, G, H, selection
 from hyconvert_kernels.oracle import backward as oracle_backward
-from hyconvert_kernels.oracle import forward as oracle_forward
 
 KEEP = 0.97
 BACKENDS = (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION))
@@ -144,15 +143,6 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-@contextlib.contextmanager
-def portable_kernels() -> Iterator[None]:
-    """Oracle attention without the kernels for Hopper."""
-    with contextlib.ExitStack() as stack:
-        for module in (oracle_forward, oracle_backward):
-            stack.enter_context(patch.object(module, "HOPPER_SLOTS", math.inf))
-        yield
-
-
 def gradients(
     table: Any,
     name: str,
@@ -188,7 +178,8 @@ def backward(length: int, table: Any) -> None:
     gradients(table, "oracle backward", length, dense, layer.oracle, own, outer)
     if oracle_backward.on_hopper(layer.q, layer.k):
         name = "oracle backward, portable kernels"
-        gradients(table, name, length, dense, layer.oracle, own, outer, portable_kernels)
+        portable = partial(patch.object, oracle_backward, "HOPPER_SLOTS", math.inf)
+        gradients(table, name, length, dense, layer.oracle, own, outer, portable)
     sparse = table.floor(10 * H * D * length * 16 * BLOCK, moved)
     window = table.floor(10 * H * D * length * WINDOW, moved)
     both = sparse + window
@@ -214,11 +205,7 @@ def training(batch: int, table: Any) -> None:
             table.record(
                 f"SDPA {name} step, B={batch}", length, dense, step_of(layer.dense, own, layer.outer)
             )
-    full = step_of(layer.full, own, layer.outer)
-    table.record(f"full layer step, B={batch}", length, dense, full)
-    if oracle_backward.on_hopper(layer.q, layer.k):
-        with portable_kernels():
-            table.record(f"full layer step, portable kernels, B={batch}", length, dense, full)
+    table.record(f"full layer step, B={batch}", length, dense, step_of(layer.full, own, layer.outer))
     sparse = table.floor(14 * batch * heads * dim * length * (topk * BLOCK + WINDOW), 2 * moved)
     step = step_of(layer.sparse, layer.reads, layer.outer)
     table.record(f"sparse layer step, B={batch}", length, sparse, step)
@@ -402,7 +389,7 @@ def measure(section: str, size: int, table: Any) -> None:
 
 PLOTTED = (
     "SDPA flash", "SDPA cuDNN", "oracle with top-k", "oracle with top-k, portable kernel",
-    "sparse layer, independent", "sparse layer, correlated", "window",
+    "sparse layer, independent", "sparse layer, as text at 8k", "window",
     "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "sparse layer backward", "window backward",
     "FlexAttention", "FlexAttention backward",
 )  # fmt: skip
