@@ -76,6 +76,7 @@ def plans(costs: Costs, config: Any, evaluator: JointEvaluator, full: int) -> di
     steps = [round(i * (layers - 1) / (full - 1)) for i in range(full)]  # the first and the last layer full
     found = {
         "measured, mixed": solve(costs, config, budget).plan,
+        "measured, for copying": solve(costs, config, budget, Rules(tasks=frozenset({"copy"}))).plan,
         "measured, sparse only": solve(
             costs, config, budget, Rules(kinds=SPARSE_ONLY, pinned={0: "full"})
         ).plan,

@@ -14,6 +14,7 @@ from hyconvert.options import (
     parse_pins,
     parse_ratio,
     parse_share,
+    parse_tasks,
     show,
     user_facing,
 )
@@ -107,6 +108,12 @@ def plan(
     ] = False,
     readers: Annotated[int | None, typer.Option(min=1, help="Most layers that read one source.")] = None,
     retrieval: Annotated[float, typer.Option(min=0, help="Weight of retrieval against KL.")] = 1.0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Retrieval tasks that count, such as copy or needle,copy; repeatable.  [default: all measured]"
+        ),
+    ] = None,
     refine: Annotated[
         int, typer.Option(min=0, help="Measure the whole plan, and try up to this many swaps.")
     ] = 0,
@@ -128,6 +135,7 @@ def plan(
         kinds=frozenset({"sparse", *(["window"] if windows else []), *(["reuse"] if reuse else [])}),
         readers=readers,
         retrieval=retrieval,
+        tasks=parse_tasks(tasks),
     )
     table, config = planning.read_costs(costs)
     if sweep:

@@ -131,3 +131,10 @@ def parse_pins(pins: list[str]) -> dict[int, Any]:
             raise PlanError(f"--pin {pin} is not of the form LAYER=KIND, such as 0=full or 3-5=window")
         found |= dict.fromkeys(parse_layers(layers, "--pin") or (), kind)
     return found
+
+
+def parse_tasks(tasks: list[str] | None) -> frozenset[str] | None:
+    """Names from `copy`, `needle,copy`, ...; None if the option was not given."""
+    if not tasks:
+        return None
+    return frozenset(name.strip() for part in tasks for name in part.split(",") if name.strip())

@@ -105,6 +105,7 @@ class PlanReport:
             "line": s.plan.line,
             "full_layers": list(s.plan.full_layers),
             "damage": s.damage,
+            "tasks": list(s.tasks),
             "kv_bytes": s.kv_bytes,
             "base_kv_bytes": s.base_kv_bytes,
             "kv_share": s.share,
@@ -139,8 +140,8 @@ class PlanReport:
         s = self.solution
         console.print(s.plan.line, highlight=False)
         console.print(
-            f"{len(s.plan.full_layers)} full layers, predicted damage {s.damage:.4f}, KV at {s.context:,} tokens "
-            f"{human_bytes(s.kv_bytes)} of {human_bytes(s.base_kv_bytes)} ({s.share:.1%})"
+            f"{len(s.plan.full_layers)} full layers, predicted damage {s.damage:.4f} ({_counting(s)}), "
+            f"KV at {s.context:,} tokens {human_bytes(s.kv_bytes)} of {human_bytes(s.base_kv_bytes)} ({s.share:.1%})"
             + ("" if s.optimal else "; the solver stopped before it could prove that no plan is better"),
             highlight=False,
         )
@@ -172,6 +173,7 @@ class Sweep:
         """As plain data."""
         return {
             "context": self.knee.context,
+            "tasks": list(self.knee.tasks),
             "knee": len(self.knee.plan.full_layers),
             "plans": [
                 {
@@ -306,16 +308,21 @@ def choose(
     if tries:
         evaluator = evaluator or JointEvaluator.for_costs(costs.base, costs, device=device, progress=progress)
         refinement = refine(
-            evaluator, costs, solution.plan, tries=tries, retrieval=rules.retrieval,
+            evaluator, costs, solution.plan, tries=tries, retrieval=rules.retrieval, tasks=rules.tasks,
             pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, costs, rules), progress=progress,
         )  # fmt: skip
-        solution = evaluate(refinement.plan, costs, config, budget.context, rules.retrieval)
-    note = f"predicted damage {solution.damage:.4f}"
+        solution = evaluate(refinement.plan, costs, config, budget.context, rules.retrieval, rules.tasks)
+    note = f"predicted damage {solution.damage:.4f} ({_counting(solution)})"
     if refinement is not None:
         note += f", measured as a whole {refinement.after:.4f} (KL {refinement.reading.kl:.4f})"
     plan = solution.plan.model_copy(update={"note": note})
     solution = replace(solution, plan=plan)
     return PlanReport(solution, alternatives(plan, costs, rules), refinement)
+
+
+def _counting(solution: Solution) -> str:
+    """What its damage is made of."""
+    return ", ".join(("KL", *solution.tasks))
 
 
 def obeys(plan: Plan, costs: Costs, rules: Rules) -> bool:

@@ -12,7 +12,7 @@ Once the full layers are fixed the rest is a choice per layer, so the relaxation
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Rules:
         kinds: kinds allowed beside full. `reuse` is not among the defaults: it stores as much as a full layer.
         readers: most layers that read one source.
         retrieval: weight of the answers' NLL against the KL divergence.
+        tasks: retrieval tasks whose answers count; None for all that were measured.
     """
 
     pinned: Mapping[int, LayerKind] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Rules:
     kinds: frozenset[str] = frozenset({"window", "sparse"})
     readers: int | None = None
     retrieval: float = 1.0
+    tasks: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Solution:
         base_kv_bytes: the base's.
         context: tokens cached.
         optimal: whether the solver proved that no plan is better.
+        tasks: retrieval tasks that count towards `damage`; none if their weight is 0.
     """
 
     plan: Plan
@@ -77,6 +80,7 @@ class Solution:
     base_kv_bytes: int
     context: int
     optimal: bool = True
+    tasks: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -88,8 +92,9 @@ def candidates(costs: Costs, rules: Rules) -> list[Cost]:
     """The measured candidates that the rules allow.
 
     Raises:
-        PlanError: a pin cannot be met.
+        PlanError: a pin cannot be met, or a task was not measured.
     """
+    costs.counted(rules.tasks)
     for layer, kind in rules.pinned.items():
         if not 0 <= layer < costs.num_layers:
             raise PlanError(
@@ -135,7 +140,7 @@ def solve(costs: Costs, config: Any, budget: Budget, rules: Rules | None = None)
     layers = [i for i in range(costs.num_layers) if i not in costs.sliding]
     place = {layer: i for i, layer in enumerate(layers)}
     count, total = len(layers), len(layers) + len(rows)
-    damage = np.array([0.0] * count + [row.damage(rules.retrieval) for row in rows])
+    damage = np.array([0.0] * count + [row.damage(rules.retrieval, rules.tasks) for row in rows])
     # Between equal damages prefer less to read: a nudge far below what can be measured.
     objective = damage + np.array(
         [0.0] * count + [1e-9 * (2 if row.source is not None else 1) for row in rows]
@@ -190,20 +195,30 @@ def solve(costs: Costs, config: Any, budget: Budget, rules: Rules | None = None)
         **costs.settings.plan_settings(),
         base=costs.base,
     )
-    return evaluate(plan, costs, config, budget.context, rules.retrieval, optimal=result.status == 0)
+    return evaluate(
+        plan, costs, config, budget.context, rules.retrieval, rules.tasks, optimal=result.status == 0
+    )
 
 
 def evaluate(
-    plan: Plan, costs: Costs, config: Any, context: int, retrieval: float = 1.0, optimal: bool = True
+    plan: Plan,
+    costs: Costs,
+    config: Any,
+    context: int,
+    retrieval: float = 1.0,
+    tasks: Collection[str] | None = None,
+    *,
+    optimal: bool = True,
 ) -> Solution:
     """What costs predict for a plan, and what it stores."""
     return Solution(
         plan=plan,
-        damage=costs.predicted(plan, retrieval),
+        damage=costs.predicted(plan, retrieval, tasks),
         kv_bytes=sum(kv_bytes(config, context, plan=plan)),
         base_kv_bytes=sum(base_kv_bytes(config, context)),
         context=context,
         optimal=optimal,
+        tasks=costs.counted(tasks) if retrieval else (),
     )
 
 
@@ -292,7 +307,9 @@ def alternatives(plan: Plan, costs: Costs, rules: Rules | None = None) -> list[A
         others: dict[str, float] = {"full": 0.0}
         for row in costs:
             if row.layer == index and (row.source is None or row.source in plan.full_layers):
-                others[row.kind] = min(row.damage(rules.retrieval), others.get(row.kind, math.inf))
+                damage = row.damage(rules.retrieval, rules.tasks)
+                others[row.kind] = min(damage, others.get(row.kind, math.inf))
         cost = costs.get(index, layer.kind, layer.source)
-        result.append(Alternative(index, layer, cost.damage(rules.retrieval) if cost else 0.0, others))
+        damage = cost.damage(rules.retrieval, rules.tasks) if cost else 0.0
+        result.append(Alternative(index, layer, damage, others))
     return result

@@ -127,9 +127,18 @@ def test_measure_plan_and_convert(tiny_base: Callable[..., Path], tmp_path: Path
         "plan", costs, "--kv-budget", "60%", "--context", "4k", "--refine", "2", "--device", "cpu"
     )
     assert code == 0 and "if window" in stdout and "measured as a whole" in stdout
+    copying = ["plan", costs, "--full-layers", "2", "--pin", "0=full", "--tasks", "copy", "--json"]
+    code, stdout, _ = run(*copying)
+    assert code == 0 and json.loads(stdout) == chosen and chosen["tasks"] == ["copy"]  # all that was measured
     code, stdout, _ = run("plan", costs, "--sweep", "--context", "4k")
     assert code == 0 and "knee" in stdout
     assert len(json.loads((costs / "frontier.json").read_text())["plans"]) == 4
+    kept = [(path, path.read_bytes()) for path in (tmp_path / "plan.json", costs / "frontier.json")]
+    for asked in (["--sweep"], ["--full-layers", "3", "--refine", "2", "-o", tmp_path / "plan.json"]):
+        code, _, stderr = run("plan", costs, *asked, "--tasks", "copy", "--tasks", "needle,multivalue")
+        assert code == 2 and stderr.count("\n") == 1
+        assert "--tasks multivalue, needle: not measured in these costs, which have copy;" in stderr
+    assert all(path.read_bytes() == content for path, content in kept)
     out = tmp_path / "out"
     fit = [
         "--calibration",

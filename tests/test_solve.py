@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,13 @@ def drawn(layers: int, seed: int = 0, sliding: tuple[int, ...] = (), reuse: bool
                     costs.add(Cost(j, "reuse", i, window * share / 2, {"needle": 0.0}))
     costs.expected = len(costs.rows)
     return costs
+
+
+def with_copying(costs: Costs, seed: int = 7) -> Costs:
+    """The same, and rises of copying that have nothing to do with the others."""
+    rng = random.Random(seed)
+    rows = [replace(row, nll=row.nll | {"copy": rng.expovariate(5) - 0.05}) for row in costs]
+    return replace(costs, rows=rows)
 
 
 def brute_force(costs: Costs, full: int) -> float:
@@ -132,6 +140,40 @@ def test_the_explanation_adds_up() -> None:
         assert a.chosen.kind == "full" or a.damage == min(v for k, v in a.others.items() if k != "full")
 
 
+def test_a_task_that_does_not_count_might_as_well_not_have_been_measured() -> None:
+    costs, base, budget = with_copying(drawn(9)), config(9), Budget(full_layers=3)
+    alone = replace(costs, rows=[replace(row, nll={"copy": row.nll["copy"]}) for row in costs])
+    rules = Rules(tasks=frozenset({"copy"}), pinned={4: "full"})
+    report = choose(costs, base, budget, rules)
+    assert report.to_dict() == choose(alone, base, budget, Rules(pinned={4: "full"})).to_dict()
+    assert report.solution.tasks == ("copy",) and "(KL, copy)" in (report.solution.plan.note or "")
+    assert report.solution.damage == pytest.approx(costs.predicted(report.solution.plan, tasks={"copy"}))
+    assert sum(a.damage for a in report.alternatives) == pytest.approx(report.solution.damage)
+    found = sweep(costs, base, 4096, rules).to_dict()
+    assert found == sweep(alone, base, 4096, Rules(pinned={4: "full"})).to_dict()
+    assert solve(costs, base, budget).plan != solve(costs, base, budget, Rules(tasks=rules.tasks)).plan
+
+
+def test_all_tasks_count_unless_some_are_chosen() -> None:
+    costs, base, budget = with_copying(drawn(9)), config(9), Budget(full_layers=3)
+    both = solve(costs, base, budget, Rules(tasks=frozenset({"copy", "needle"})))
+    assert both == solve(costs, base, budget) and both.tasks == ("needle", "copy")
+    assert Cost(1, "window", None, 1.0, {"needle": 0.5, "copy": -2.0}).damage(2.0) == 1.5
+    assert Cost(1, "window", None, 1.0, {"needle": 0.5, "copy": -2.0}).damage(2.0, {"needle"}) == 2.0
+
+
+def test_tasks_of_costs_without_retrieval_are_refused() -> None:
+    costs = drawn(6)
+    bare = replace(costs, rows=[replace(row, nll={}) for row in costs])
+    with pytest.raises(PlanError, match=r"--tasks copy: .* no retrieval; leave it out"):
+        solve(bare, config(6), Budget(full_layers=2), Rules(tasks=frozenset({"copy"})))
+    for refused in ({"copy"}, {"copy", "needle"}):
+        with pytest.raises(PlanError, match=r"--tasks copy: .* which have needle;"):
+            sweep(costs, config(6), 4096, Rules(tasks=frozenset(refused)))
+        with pytest.raises(PlanError, match="--tasks copy"):
+            costs.predicted(solve(costs, config(6), Budget(full_layers=2)).plan, tasks=refused)
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
@@ -140,6 +182,8 @@ def test_the_explanation_adds_up() -> None:
         (Rules(pinned={0: "windows"}), "use full, sparse"),
         (Rules(pinned={2: "window"}, kinds=frozenset({"sparse"})), "rule out"),
         (Rules(pinned={1: "full", 2: "full", 3: "full"}), "raise the budget"),
+        (Rules(tasks=frozenset({"needle", "speed", "copy"})), "--tasks copy, speed: not measured"),
+        (Rules(tasks=frozenset()), "names no task"),
     ],
 )
 def test_rules_that_cannot_be_met_are_refused(rules: Rules, message: str) -> None:

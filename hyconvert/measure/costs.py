@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +98,47 @@ class MeasureSettings(BaseModel):
         return {key: getattr(self, key) for key in ("block_size", "topk", "window", "gate", "sinks")}
 
 
+def counted(measured: Collection[str], tasks: Collection[str] | None) -> tuple[str, ...]:
+    """The retrieval tasks whose answers count, in the order of `measured`.
+
+    Args:
+        measured: tasks that were measured.
+        tasks: those that are asked for; None for all that were measured.
+
+    Raises:
+        PlanError: one of them was not measured, or there is none.
+    """
+    if tasks is None:
+        return tuple(measured)
+    if not tasks:
+        raise PlanError(
+            "--tasks names no task; leave it out to count all, or give --retrieval 0 to count none"
+        )
+    missing = ", ".join(sorted(task for task in tasks if task not in measured))
+    if missing:
+        found = f"{', '.join(measured)}; name some of these" if measured else "no retrieval; leave it out"
+        raise PlanError(f"--tasks {missing}: not measured in these costs, which have {found}")
+    return tuple(task for task in measured if task in tasks)
+
+
+def weigh(
+    kl: float, rises: Mapping[str, float], retrieval: float = 1.0, tasks: Collection[str] | None = None
+) -> float:
+    """Damage: KL plus the mean rise of the answers' NLL (where it rises), weighted.
+
+    Args:
+        kl: mean KL divergence on running text, in nats.
+        rises: rise of the answers' mean NLL per retrieval task, in nats.
+        retrieval: weight of the rises.
+        tasks: those that count; None for all.
+
+    Raises:
+        PlanError: a task was not measured.
+    """
+    counts = [max(0.0, rises[task]) for task in counted(rises, tasks)]
+    return kl + retrieval * (sum(counts) / len(counts) if counts else 0.0)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Damage when one layer alone is replaced, aligned in closed form.
@@ -120,10 +161,9 @@ class Cost:
         """The row as one line of `costs.jsonl`."""
         return json.dumps(asdict(self))
 
-    def damage(self, retrieval: float = 1.0) -> float:
-        """KL plus the mean rise of the answers' NLL (where it rises), weighted."""
-        rises = [max(0.0, rise) for rise in self.nll.values()]
-        return self.kl + retrieval * (sum(rises) / len(rises) if rises else 0.0)
+    def damage(self, retrieval: float = 1.0, tasks: Collection[str] | None = None) -> float:
+        """What the candidate costs, as `weigh` weighs it."""
+        return weigh(self.kl, self.nll, retrieval, tasks)
 
 
 @dataclass
@@ -175,11 +215,15 @@ class Costs:
         self.rows.append(row)
         self.table[row.layer, row.kind, row.source] = row
 
-    def predicted(self, plan: Plan, retrieval: float = 1.0) -> float:
-        """Summed damage of a plan's layers.
+    def counted(self, tasks: Collection[str] | None = None) -> tuple[str, ...]:
+        """The measured retrieval tasks that count, as `counted` has it."""
+        return counted(dict.fromkeys(task for row in self.rows for task in row.nll), tasks)
+
+    def predicted(self, plan: Plan, retrieval: float = 1.0, tasks: Collection[str] | None = None) -> float:
+        """Summed damage of a plan's layers, each as `weigh` weighs it.
 
         Raises:
-            PlanError: a layer of the plan was not measured.
+            PlanError: a layer of the plan or a task was not measured.
         """
         total = 0.0
         for index, layer in enumerate(plan.layers):
@@ -190,7 +234,7 @@ class Costs:
                 raise PlanError(
                     f"layer {index} as {layer} was not measured; the costs cannot predict this plan"
                 )
-            total += cost.damage(retrieval)
+            total += cost.damage(retrieval, tasks)
         return total
 
     def header(self) -> dict[str, Any]:

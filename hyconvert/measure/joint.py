@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hyconvert.measure.candidates import (
     make_candidate,
     run_layer,
 )
-from hyconvert.measure.costs import Costs, MeasureSettings
+from hyconvert.measure.costs import Costs, MeasureSettings, weigh
 from hyconvert.measure.run import measuring_dtype, read_sequences
 from hyconvert.measure.yardstick import Reading, Yardstick
 from hyconvert.modeling.attention import HyConvertAttention
@@ -108,10 +108,10 @@ class JointEvaluator:
         """KL divergence and answers of a plan as a whole."""
         return self.yardstick.read(self.hidden(plan, self.prompts.tokens))
 
-    def weigh(self, reading: Reading, retrieval: float = 1.0) -> float:
-        """KL plus the mean rise of the answers' NLL (where it rises), weighted, as `Cost.damage`."""
-        rises = [max(0.0, nll - self.yardstick.reference[task]) for task, nll in reading.nll.items()]
-        return reading.kl + retrieval * (sum(rises) / len(rises) if rises else 0.0)
+    def weigh(self, reading: Reading, retrieval: float = 1.0, tasks: Collection[str] | None = None) -> float:
+        """Damage of a whole plan, weighed as a `Cost` is."""
+        rises = {task: nll - self.yardstick.reference[task] for task, nll in reading.nll.items()}
+        return weigh(reading.kl, rises, retrieval, tasks)
 
     @torch.no_grad()
     def hidden(self, plan: Plan | None, tokens: Tensor) -> Tensor:
@@ -168,6 +168,7 @@ def refine(
     *,
     tries: int = 40,
     retrieval: float = 1.0,
+    tasks: Collection[str] | None = None,
     pinned: frozenset[int] = frozenset(),
     allowed: Callable[[Plan], bool] = lambda plan: True,
     progress: Progress = silent,
@@ -183,22 +184,27 @@ def refine(
         plan: where to begin.
         tries: plans measured at most.
         retrieval: weight of retrieval in the damage.
+        tasks: retrieval tasks that count; None for all that were measured.
         pinned: layers that keep their kind.
         allowed: further conditions on a plan.
         progress: told about every plan measured.
+
+    Raises:
+        PlanError: a task was not measured.
     """
+    costs.counted(tasks)
     best, reading = plan, evaluator.read(plan)
-    before = after = evaluator.weigh(reading, retrieval)
+    before = after = evaluator.weigh(reading, retrieval, tasks)
     seen, moves, tried = {plan.line}, [], 0
     with progress("Trying swaps", total=tries) as step:
         while tried < tries:
-            for move, candidate in _moves(best, costs, retrieval, pinned):
+            for move, candidate in _moves(best, costs, retrieval, tasks, pinned):
                 if candidate.line in seen or not allowed(candidate):
                     continue
                 seen.add(candidate.line)
                 tried += 1
                 found = evaluator.read(candidate)
-                damage = evaluator.weigh(found, retrieval)
+                damage = evaluator.weigh(found, retrieval, tasks)
                 step(f"{move}: {damage:.4f} against {after:.4f}")
                 if damage < after:
                     best, reading, after = candidate, found, damage
@@ -211,14 +217,16 @@ def refine(
     return Refinement(best, before, after, reading, tried, tuple(moves))
 
 
-def _moves(plan: Plan, costs: Costs, retrieval: float, pinned: frozenset[int]) -> Iterator[tuple[str, Plan]]:
+def _moves(
+    plan: Plan, costs: Costs, retrieval: float, tasks: Collection[str] | None, pinned: frozenset[int]
+) -> Iterator[tuple[str, Plan]]:
     """Neighbours of a plan, least predicted damage first."""
     neighbours: list[tuple[float, str, Plan]] = []
 
     def offer(move: str, full: set[int], changed: dict[int, LayerPlan]) -> None:
-        neighbour = _assign(plan, costs, retrieval, full, changed)
+        neighbour = _assign(plan, costs, retrieval, tasks, full, changed)
         if neighbour is not None:
-            neighbours.append((costs.predicted(neighbour, retrieval), move, neighbour))
+            neighbours.append((costs.predicted(neighbour, retrieval, tasks), move, neighbour))
 
     full = set(plan.full_layers)
     for row in costs:
@@ -242,7 +250,12 @@ def _moves(plan: Plan, costs: Costs, retrieval: float, pinned: frozenset[int]) -
 
 
 def _assign(
-    plan: Plan, costs: Costs, retrieval: float, full: set[int], changed: dict[int, LayerPlan]
+    plan: Plan,
+    costs: Costs,
+    retrieval: float,
+    tasks: Collection[str] | None,
+    full: set[int],
+    changed: dict[int, LayerPlan],
 ) -> Plan | None:
     """A plan with these full layers; layers whose choice is still possible keep it, the others take their best."""
     layers = []
@@ -260,6 +273,6 @@ def _assign(
             ]  # fmt: skip
             if not options:
                 return None
-            row = min(options, key=lambda row: row.damage(retrieval))
+            row = min(options, key=lambda row: row.damage(retrieval, tasks))
             layers.append(LayerPlan(kind=row.kind, source=row.source))
     return plan.model_copy(update={"layers": tuple(layers)})

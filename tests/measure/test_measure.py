@@ -12,7 +12,8 @@ from hyconvert.conversion import Calibration, convert
 from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
 from hyconvert.plan import Plan, parse_line
-from hyconvert.planning import read_costs
+from hyconvert.planning import choose, read_costs
+from hyconvert.solve import Budget, Rules
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,10 @@ def test_a_cost_is_the_true_damage_of_the_plan_with_that_layer_alone(
     line: str, costs: Costs, evaluator: JointEvaluator
 ) -> None:
     plan = Plan(layers=parse_line(line), **costs.settings.plan_settings())
-    assert evaluator.weigh(evaluator.read(plan)) == pytest.approx(costs.predicted(plan), rel=1e-4)
+    reading = evaluator.read(plan)
+    for tasks in (None, {"copy"}, {"needle", "multivalue"}):
+        predicted = costs.predicted(plan, 3.0, tasks)
+        assert evaluator.weigh(reading, 3.0, tasks) == pytest.approx(predicted, rel=1e-4)
 
 
 def test_nothing_changed_costs_nothing(costs: Costs, evaluator: JointEvaluator) -> None:
@@ -80,6 +84,23 @@ def test_swaps_never_make_a_plan_worse(costs: Costs, evaluator: JointEvaluator) 
     assert found.after < found.before and found.moves
     assert found.after == pytest.approx(evaluator.weigh(evaluator.read(found.plan)), rel=1e-5)
     assert len(found.plan.full_layers) == 1
+
+
+def test_swaps_are_judged_by_the_tasks_that_count(
+    costs: Costs, folder: Path, evaluator: JointEvaluator
+) -> None:
+    bad = Plan(layers=parse_line("W*3 F"), **costs.settings.plan_settings())
+    found = refine(evaluator, costs, bad, tries=3, retrieval=9.0, tasks={"copy"})
+    assert found.before == pytest.approx(evaluator.weigh(evaluator.read(bad), 9.0, {"copy"}), rel=1e-5)
+    assert found.after == pytest.approx(evaluator.weigh(found.reading, 9.0, {"copy"}), rel=1e-5)
+    rules = Rules(tasks=frozenset({"copy"}))
+    report = choose(*read_costs(folder), Budget(full_layers=1), rules, tries=3, evaluator=evaluator)
+    assert report.refinement and report.solution.tasks == ("copy",)
+    assert report.refinement.after == pytest.approx(
+        evaluator.weigh(report.refinement.reading, tasks={"copy"}), rel=1e-5
+    )
+    with pytest.raises(PlanError, match=r"--tasks cpoy: .* needle, multivalue, copy"):
+        refine(evaluator, costs, bad, tasks={"cpoy"})
 
 
 def test_an_interrupted_measurement_goes_on_where_it_stopped(
