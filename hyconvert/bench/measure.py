@@ -22,7 +22,7 @@ from hyconvert.generation.network import Network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 
 RESERVE = 768 << 20
-"""Bytes that the largest batch leaves free on a GPU: for a prompt's piece, and for a step."""
+"""Bytes that the largest batch is expected to leave free on a GPU: for a prompt's piece, and for a step."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class Bench:
                     if not times:
                         raise
                     slower.append(f"{way} failed: {_first_line(error)}")
+            if what == "throughput" and self.on_gpu:  # a batch fits if its prompts can be read
+                decoder.read_one(torch.zeros(1, context, dtype=torch.int64))
             way = min(times, key=times.__getitem__)
             slower += [f"{name} {took * 1e3:.3f} ms" for name, took in times.items() if name != way]
             self.fastest[batch, context] = ways[way]
@@ -153,19 +155,27 @@ class Bench:
         return self._finish(row)
 
     def throughput(self, context: int, *, most: int = 4096) -> Row:
-        """Time steps at the largest batch that fits on the GPU at `context` tokens; off it, at `most` rows."""
+        """Time steps at the largest batch that fits on the GPU at `context` tokens; off it, at `most` rows.
+
+        One fits if steps run and a prompt of so many tokens can be read beside it: the expected batch is tried, and smaller
+        ones until one does.
+        """
         batch = min(most, self.largest_batch(context)) if self.on_gpu else most
-        for _ in range(8):
+        for _ in range(16):
             row = self.decode(max(1, batch), context, what="throughput")
             if row.error is None or batch <= 1 or "memory" not in row.error:
                 return row
-            batch = min(batch - 1, int(batch * 0.97))
+            batch -= max(1, batch // 64)
         return row
 
     def largest_batch(self, context: int) -> int:
-        """Sequences whose caches fit into the GPU's memory beside the weights and a reserve."""
+        """Sequences whose caches should fit into the GPU's memory beside the weights and a reserve."""
         self._collect()
-        free, _ = torch.cuda.mem_get_info(self.network.device)
+        device = self.network.device
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # holes between weights
         return int((free - RESERVE) // self.row_bytes(context + self.steps + 1))
 
     def row_bytes(self, length: int) -> int:

@@ -133,6 +133,11 @@ class Decoder:
         self._emit(self.sampling.choose(logits))
         return logits
 
+    @torch.inference_mode()
+    def read_one(self, ids: Tensor) -> Tensor:
+        """Read a prompt [1, T] into the first row's caches alone, to see whether there is memory for it: logits [1, V]."""
+        return self._read(ids.to(self.network.device), slice(0, 1), False)
+
     @property
     def pass_tokens(self) -> int:
         """Tokens of prompts that pass through the layers at a time: several rows, or a piece of a long one."""

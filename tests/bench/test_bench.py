@@ -18,6 +18,7 @@ from hyconvert.bench.roofline import Ceilings, Work, prefill_work, step_work
 from hyconvert.bench.targets import Subject, shape_config, shapes
 from hyconvert.cli import app
 from hyconvert.errors import CheckpointError, HyconvertError, PlanError
+from hyconvert.generation import Decoder
 from hyconvert.generation.network import read_network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from hyconvert.modeling import HyConvertConfig
@@ -209,6 +210,19 @@ def test_memory_that_runs_out_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert row.seconds is None and row.error is not None and row.error.startswith("out of memory")
     assert row.batch == 1, "smaller batches are tried"
+
+
+def test_the_largest_batch_that_fits_is_found_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Bench("x", read_network(mixed_model()), steps=1, repeats=1)
+
+    def limited(network: Any, *, batch: int, **options: Any) -> Decoder:
+        if batch > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB")
+        return Decoder(network, batch=batch, **options)
+
+    monkeypatch.setattr("hyconvert.bench.measure.Decoder", limited)
+    row = measured.throughput(20, most=9)
+    assert row.batch == 5 and row.error is None
 
 
 def test_gains_compare_throughput_at_any_batch_and_steps_at_the_same() -> None:

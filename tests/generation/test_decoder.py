@@ -130,6 +130,17 @@ def test_long_prompts_pass_the_mlp_in_pieces() -> None:
     assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
 
 
+def test_one_row_can_be_read_beside_the_others() -> None:
+    model, ids = mixed_model(), tokens(3, PROMPT)
+    decoder, alone = Decoder(model, batch=3, max_length=64), Decoder(model, batch=1, max_length=64)
+    decoder.prefill(ids)
+    before = [cache[1:].clone() for cache in decoder.caches.keys]
+    torch.testing.assert_close(decoder.read_one(ids[2:]), alone.prefill(ids[2:]))
+    for cache, own, others in zip(decoder.caches.keys, alone.caches.keys, before, strict=True):
+        torch.testing.assert_close(cache[:1], own)
+        assert torch.equal(cache[1:], others)
+
+
 def test_products_may_be_of_more_rows_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyconvert.generation.network.library_rows", lambda rows, device: rows + 5)
     check(mixed_model())
