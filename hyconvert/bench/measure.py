@@ -157,8 +157,8 @@ class Bench:
     def throughput(self, context: int, *, most: int = 4096) -> Row:
         """Time steps at the largest batch that fits on the GPU at `context` tokens; off it, at `most` rows.
 
-        One fits if steps run and a prompt of so many tokens can be read beside it: the expected batch is tried, and smaller
-        ones until one does.
+        One fits if steps run and a prompt of so many tokens can be read beside them: the expected batch is tried, and
+        smaller ones until one does.
         """
         batch = min(most, self.largest_batch(context)) if self.on_gpu else most
         for _ in range(16):

@@ -135,7 +135,7 @@ class Decoder:
 
     @torch.inference_mode()
     def read_one(self, ids: Tensor) -> Tensor:
-        """Read a prompt [1, T] into the first row's caches alone, to see whether there is memory for it: logits [1, V]."""
+        """Read a prompt [1, T] into the first row's caches alone, to see that there is memory for it: logits [1, V]."""
         return self._read(ids.to(self.network.device), slice(0, 1), False)
 
     @property
