@@ -7,7 +7,7 @@
 Qwen3-8B's shape with random weights in bfloat16, dense, 1:3 and 1:11; and SmolLM2-135M's shape at 8k with seven
 full layers (`--model FOLDER` for a real converted one). Decoding starts from caches of random numbers. A random model
 selects blocks almost independently from token to token, the worst case for prompts, so prompts are timed with synthetic
-selections that overlap as a trained model's did at 4k (see docs/kernels-log.md), and with the model's own. Every row is
+selections that overlap about as a trained model's did at 8k (`correlated`), and with the model's own. Every row is
 saved at once, the most important first. The dense model decodes by the fastest of cuDNN, flash attention and our
 split-key kernel.
 """

@@ -76,7 +76,6 @@ def plans(costs: Costs, config: Any, evaluator: JointEvaluator, full: int) -> di
     steps = [round(i * (layers - 1) / (full - 1)) for i in range(full)]  # the first and the last layer full
     found = {
         "measured, mixed": solve(costs, config, budget).plan,
-        "measured, for copying": solve(costs, config, budget, Rules(tasks=frozenset({"copy"}))).plan,
         "measured, sparse only": solve(
             costs, config, budget, Rules(kinds=SPARSE_ONLY, pinned={0: "full"})
         ).plan,
@@ -85,6 +84,9 @@ def plans(costs: Costs, config: Any, evaluator: JointEvaluator, full: int) -> di
         "window damage": nearest(evaluator, tuple(sorted(window[:full]))),
         "windows only": windows_only(evaluator, tuple(sorted(window[:full]))),
     }
+    if "copy" in costs.reference:
+        rules = Rules(tasks=frozenset({"copy"}))
+        found["measured, for copying"] = solve(costs, config, budget, rules).plan
     for seed in range(3):
         drawn = random.Random(seed).sample(range(1, layers), full - 1)
         found[f"random {seed}"] = nearest(evaluator, (0, *sorted(drawn)))

@@ -1,4 +1,4 @@
-"""Attention of one layer in the decode loop: whole prompts, and one token per row."""
+"""Attention of one layer in the decode loop: prompts, whole or in pieces, and one token per row."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def attend(
     Args:
         network: the model.
         index: of the layer.
-        x: [B, T, D], after the norm before attention; T > 1 are tokens of prompts, T = 1 a step.
+        x: [B, T, D], after the norm before attention: tokens of prompts, or a step's with T = 1.
         cache: the layer's keys and values, of these B rows.
         now: the pass.
         last_only: only the prompts' last token's output is wanted.
@@ -239,9 +239,9 @@ def _prefill(
         where = now.offset - shift, (now.start - shift).clamp(min=0)
         shifted = replace(now, offset=where[0], first=now.first - shift)
         q, query = _queries(block, fused, k, v, shifted, False)
-        for ring, x_own in ((keys, k), (values, v)):
-            x_own[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
-            _fill_ring(ring, x_own, shift)
+        for ring, joined in ((keys, k), (values, v)):
+            joined[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
+            _fill_ring(ring, joined, shift)
     gate = None
     if block.source is not None and block.merges:
         gate = _gate_logit(block, fused).contiguous()

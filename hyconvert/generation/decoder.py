@@ -134,9 +134,23 @@ class Decoder:
         return logits
 
     @torch.inference_mode()
-    def read_one(self, ids: Tensor) -> Tensor:
-        """Read a prompt [1, T] into the first row's caches alone, to see that there is memory for it: logits [1, V]."""
-        return self._read(ids.to(self.network.device), slice(0, 1), False)
+    def try_prompts(self, length: int) -> None:
+        """Read prompts of `length` zeros into as many rows as pass through the layers at a time, to see that there is
+        memory for them; what those rows held is lost.
+
+        Raises:
+            HyconvertError: there is no room for so many tokens.
+        """
+        self._check_room(length)
+        rows = min(self.batch, max(1, self.pass_tokens // length))
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=self.network.device)
+        self._read(ids, slice(0, rows), False)
+
+    def _check_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise HyconvertError(
+                f"{length} tokens do not fit into {self.max_length}; use a larger max_length"
+            )
 
     @property
     def pass_tokens(self) -> int:
@@ -149,10 +163,7 @@ class Decoder:
         Raises:
             HyconvertError: there is no room for so many.
         """
-        if length > self.max_length:
-            raise HyconvertError(
-                f"{length} tokens do not fit into {self.max_length}; use a larger max_length"
-            )
+        self._check_room(length)
         self.caches.fill(seed)
         self.first.zero_()
         self.offset.fill_(length)

@@ -117,9 +117,9 @@ def hopper_grad_kv_tile() -> Tile:
     return Tile(64, 128, 4, 3, registers=240)
 
 
-HOPPER_ROWS = 1 << 18
+HOPPER_ROWS = 120_000
 """From so many queries on, times heads and batch rows, block-sparse attention has its kernel for Hopper; of fewer the
-launch takes longer than the kernel saves."""
+launch takes longer than the kernel saves. The decode loop's pieces of long prompts are larger."""
 
 
 def hopper_sparse_tile() -> Tile:

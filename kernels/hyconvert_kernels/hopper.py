@@ -20,7 +20,8 @@ TESTED = ("3.6",)
 def capable(device: torch.device) -> bool:
     """Whether the kernels for Hopper run on this device under this Triton."""
     release = ".".join(triton.__version__.split(".")[:2])
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and release in TESTED
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) == (9, 0) and release in TESTED
 
 
 def bulk_strides(x: torch.Tensor) -> list[int] | None:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hyconvert.errors import HyconvertError, UnsupportedModelError
 from hyconvert.generation import Decoder, Sampling, generate
+from hyconvert.generation.decoder import PASS_ELEMENTS
 from hyconvert.generation.network import read_network
 from hyconvert.kv import base_kv_bytes, kv_bytes
+from hyconvert_kernels.configs import HOPPER_ROWS
 from tests.modeling.tiny import FAMILY_NAMES, base_model, converted, mixed_model, plan_of, tokens
 
 PROMPT, NEW = 27, 13
@@ -81,6 +83,12 @@ def test_long_prompts_are_read_in_pieces(
     check(mixed_model(line=line, **settings))
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family_reads_prompts_in_pieces(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 10)
+    check(mixed_model(family))
+
+
 def test_a_piece_of_one_token_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 1)
     check(mixed_model())
@@ -130,15 +138,28 @@ def test_long_prompts_pass_the_mlp_in_pieces() -> None:
     assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
 
 
-def test_one_row_can_be_read_beside_the_others() -> None:
-    model, ids = mixed_model(), tokens(3, PROMPT)
-    decoder, alone = Decoder(model, batch=3, max_length=64), Decoder(model, batch=1, max_length=64)
-    decoder.prefill(ids)
-    before = [cache[1:].clone() for cache in decoder.caches.keys]
-    torch.testing.assert_close(decoder.read_one(ids[2:]), alone.prefill(ids[2:]))
-    for cache, own, others in zip(decoder.caches.keys, alone.caches.keys, before, strict=True):
-        torch.testing.assert_close(cache[:1], own)
-        assert torch.equal(cache[1:], others)
+def test_prompts_are_tried_in_as_many_rows_as_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 2 * PROMPT + 1)
+    model = mixed_model()
+    decoder, zeros = Decoder(model, batch=3, max_length=64), Decoder(model, batch=2, max_length=64)
+    decoder.prefill(tokens(3, PROMPT))
+    last = [cache[2:].clone() for cache in decoder.caches.keys]
+    decoder.try_prompts(PROMPT)
+    zeros.prefill(torch.zeros(2, PROMPT, dtype=torch.int64))
+    for cache, tried, other in zip(decoder.caches.keys, zeros.caches.keys, last, strict=True):
+        torch.testing.assert_close(cache[:2], tried)
+        assert torch.equal(cache[2:], other)
+    with pytest.raises(HyconvertError, match="do not fit into 64"):
+        decoder.try_prompts(65)
+
+
+@pytest.mark.parametrize("width", [3072, 3584, 4096, 5120, 8192])
+def test_pieces_of_long_prompts_are_worth_a_kernel_of_their_own(width: int) -> None:
+    heads = width // 128
+    most = PASS_ELEMENTS // width
+    for length in (most + 1, 4 * most - 3, 16 * most):
+        piece = -(-length // -(-length // most))
+        assert piece * heads >= HOPPER_ROWS
 
 
 def test_products_may_be_of_more_rows_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,11 +29,15 @@ def decoders(model: Any, batch: int = 2) -> tuple[Decoder, Decoder]:
 
 
 @pytest.mark.parametrize(("line", "settings"), LINES, ids=str)
-def test_long_caches_are_float8_and_rings_stay(line: str, settings: dict[str, Any]) -> None:
+def test_long_caches_are_float8_and_rings_stay(
+    line: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mixed_model(line=line, **settings)
     own, fp8 = decoders(model)
     ids = tokens(2, PROMPT)
     torch.testing.assert_close(fp8.prefill(ids), own.prefill(ids))  # a prompt attends to itself unrounded
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 5)
+    torch.testing.assert_close(fp8.prefill(ids), own.prefill(ids))  # and is not read in pieces
     for index, block in enumerate(fp8.network.blocks):
         keys, values, scales = fp8.caches.of(index, slice(None))
         if block.ring is not None:

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 import hyconvert_kernels as kernels
+from hyconvert_kernels import configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
@@ -46,6 +47,27 @@ def test_silu_mul():
     x = normal(2, 3, 2 * 1100)
     got = kernels.silu_mul(x, implementation="triton")
     torch.testing.assert_close(got, kernels.silu_mul(x, implementation="reference"), **TIGHT)
+    out = torch.empty_like(got)
+    assert kernels.silu_mul(x, out=out, implementation="triton") is out and torch.equal(out, got)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_gated_product_fills_what_it_is_given(rows, implementation):
+    x, weight = torch.randn(rows, 24, device=DEVICE), torch.randn(32, 24, device=DEVICE)
+    want = kernels.linear(x, weight, gated=True, implementation=implementation)
+    room = torch.full((rows + 5, 16), torch.nan, device=DEVICE)
+    got = kernels.linear(x, weight, gated=True, out=room[:rows], implementation=implementation)
+    assert torch.equal(got, want) and torch.equal(room[:rows], want) and room[rows:].isnan().all()
+    for wrong in ({"out": room[:rows]}, {"gated": True, "out": room.T[:rows]}):
+        with pytest.raises(ValueError, match="contiguous, and the product gated"):
+            kernels.linear(x, weight, implementation=implementation, **wrong)
+
+
+def test_products_of_about_a_hundred_rows_are_of_128():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [configs.library_rows(rows, gpu) for rows in (96, 97, 127, 128, 129)] == [96, 128, 128, 128, 129]
+    assert configs.library_rows(100, cpu) == 100
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -89,6 +89,14 @@ def test_decode_equals_the_reference_in_tiles_of_several_blocks_and_in_splits(mo
         both(kernels.oracle_decode, q, k, v, offset, start, topk=3, **BLOCKED)
 
 
+def test_windows_and_blocks_are_one_program_each_where_those_fill_the_gpu(monkeypatch):
+    monkeypatch.setattr(configs, "processors", lambda _: 132)
+    device = torch.device("cpu")
+    assert configs.sparse_decode_splits(2, 16, 8, device) == (2, 16)  # one row of 8 KV heads
+    assert configs.sparse_decode_splits(2, 16, 512, device) == (1, 2)
+    assert configs.sparse_decode_splits(2, 16, 936, device) == (1, 1)
+
+
 def test_long_caches_are_split_though_their_rows_fill_the_gpu(monkeypatch):
     monkeypatch.setattr(configs, "processors", lambda _: 132)
     device = torch.device("cpu")

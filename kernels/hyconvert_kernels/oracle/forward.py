@@ -138,8 +138,8 @@ def _oracle_forward(
 
 
 def on_hopper(q, k, v, scale):
-    """The module of the kernel for Hopper, if it can take these; not imported for tensors of a CPU."""
-    hopper = hopper_kernels("oracle.hopper") if q.is_cuda else None
+    """The module of the kernel for Hopper, if it takes these; not imported for tensors of a CPU."""
+    hopper = hopper_kernels("oracle.hopper") if q.is_cuda and k.shape[2] >= HOPPER_SLOTS else None
     return hopper if hopper and hopper.fits(q, k, v, scale) else None
 
 
@@ -167,7 +167,7 @@ def forward(
     groups, slots = k.shape[1], k.shape[2]
     ratio = heads // groups
     first, end = span or (0, length)
-    if tile is None and slots >= HOPPER_SLOTS and (hopper := on_hopper(q, k, v, scale)):
+    if tile is None and (hopper := on_hopper(q, k, v, scale)):
         settings = {"block_size": block_size, "window": window, "scale": scale, "first": first, "end": end}
         return hopper.forward(q, k, v, q_offset, start, out, lse, scores, **settings)
     tile = tile or oracle_tile(q.dtype, dim, ratio)

@@ -41,6 +41,8 @@ def add_norm(
 
 def silu_mul(x: Tensor, *, out: Tensor | None = None, implementation: str | None = None) -> Tensor:
     """See `reference.silu_mul`; a contiguous ``out`` is filled."""
+    if out is not None and not out.is_contiguous():
+        raise ValueError("out must be contiguous")
     if choose("silu_mul", (x, out), implementation) == "reference":
         return reference.silu_mul(x) if out is None else out.copy_(reference.silu_mul(x))
     from . import forward
@@ -68,6 +70,8 @@ def linear(
         most_rows: products of up to so many rows, at most 16, run on our kernel, and larger ones on PyTorch's; None is
             as many as that is faster for.
     """
+    if out is not None and not (gated and out.is_contiguous()):
+        raise ValueError("out must be contiguous, and the product gated")
     if choose("linear", (x, weight, bias, out), implementation) == "reference":
         result = reference.linear(x, weight, bias, gated=gated)
         return result if out is None else out.copy_(result)
