@@ -4,8 +4,9 @@ import functools
 
 import torch
 import triton
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before Triton 3.7
@@ -14,6 +15,15 @@ bulk_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_globa
 
 TESTED = ("3.6",)
 """Triton releases under which the kernels were checked on a GPU; they compile under 3.7 and 3.8 too."""
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Barriers in shared memory, each of which completes by so many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..configs import hopper_grad_kv_tile, hopper_grad_q_tile, strides
 from ..dispatch import dense_rows
-from ..hopper import barrier, bulk_load, bulk_tiles, capable
+from ..hopper import barrier, barriers, bulk_load, bulk_tiles, capable
 from ..tiles import FAR, LOG2E
 
 
@@ -208,15 +208,11 @@ def _hopper_grad_kv(
     g_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], g_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ONES)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ONES)
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(
-            q_full.index(i), count=33
-        )  # the bulk copy, and 32 lanes' copies of log-sum-exps or deltas
-        mbarrier.init(g_full.index(i), count=33)
-        mbarrier.init(empty.index(i), count=2)
+    q_full, g_full = (
+        barriers(STAGES, 33),
+        barriers(STAGES, 33),
+    )  # a bulk copy, and 32 lanes' copies of numbers
+    empty = barriers(STAGES, 2)
     fence_async_shared()
     tile, line = gl.program_id(0) % tiles, gl.program_id(0) // tiles
     row, group = line // G, line % G
@@ -400,17 +396,9 @@ def _hopper_grad_q(
     g1 = gl.allocate_shared_memory(dtype, [64, D], Q_LAYOUT)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BN, D], v_desc.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    mbarrier.init(cleaned, count=2)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    cleaned = barriers(1, 2).index(0)
     fence_async_shared()
     pid = gl.program_id(0)
     tile = tiles - 1 - pid // R % tiles  # longest first, and a group's heads side by side: they share keys

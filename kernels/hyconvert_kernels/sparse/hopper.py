@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import hopper_sparse_tile, processors
-from ..hopper import barrier, bulk_load, bulk_store, bulk_strides, bulk_tiles, capable
+from ..hopper import barrier, barriers, bulk_load, bulk_store, bulk_strides, bulk_tiles, capable
 from ..tiles import FAR, LN2
 from .union import BlockUnion, union_queries
 
@@ -357,25 +357,10 @@ def _hopper_sparse(
     )  # tile, steps, masked ones, offset
     slot_smem = gl.allocate_shared_memory(gl.int32, [STAGES, NB], WORDS)
     bits_smem = gl.allocate_shared_memory(BITS.dtype.element_ty, [STAGES, NB], WORDS)
-    q_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
-    mbarrier.init(cleaned, count=2)
+    q_full, q_empty = barriers(BUFFERS, 1), barriers(BUFFERS, 2)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    turns, cleaned = barriers(2, 1), barriers(1, 2).index(0)
     fence_async_shared()
     mbarrier.arrive(turns.index(0))
     kv, words = (k_smem, v_smem), (slot_smem, bits_smem)
