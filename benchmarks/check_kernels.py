@@ -246,9 +246,9 @@ def check_hopper_sparse(
 ) -> dict[str, float]:
     """The kernel that takes over block-sparse attention on Hopper at length, here at any."""
     q, k, v = tensors[:3]
-    if sparse_forward.on_hopper(q, k, v, torch.empty_like(q), case.dim**-0.5, case.block) is None:
-        return {}
     with patch.object(sparse_forward, "HOPPER_ROWS", 0):
+        if sparse_forward.on_hopper(q, k, v, torch.empty_like(q), case.dim**-0.5, case.block) is None:
+            return {}
         return {"sparse on Hopper": check_sparse(bad, case, tensors, selections, " on Hopper")[1]}
 
 
@@ -400,12 +400,11 @@ def check_backward(case: Case) -> tuple[Failures, dict[str, float]]:
     _, _, indices = kernels.oracle_attention_topk(q, k, v, offset, start, **blocked)
     got, again = (gradients(case, indices, "triton", case.dtype) for _ in range(2))
     want = gradients(case, indices, "reference", torch.float64)
-    if oracle_backward.on_hopper(q, k):  # it takes over at length, and runs here at any
-        with patch.object(oracle_backward, "HOPPER_SLOTS", 0):
+    with patch.object(oracle_backward, "HOPPER_SLOTS", 0):  # they take over at length, and run here at any
+        if oracle_backward.on_hopper(q, k):
             for found in (got, again):
-                every = gradients(case, indices, "triton", case.dtype)
-                found["oracle on Hopper"] = every["oracle"]
-        want["oracle on Hopper"] = want["oracle"]
+                found["oracle on Hopper"] = gradients(case, indices, "triton", case.dtype)["oracle"]
+            want["oracle on Hopper"] = want["oracle"]
     for name, wanted in want.items():
         bad.same(f"{name} backward", got[name], again[name])
         size = max(gradient.norm().item() for gradient in wanted)  # of one key the weights' gradients cancel

@@ -132,9 +132,8 @@ class Bench:
             if own and self.on_gpu and any(b.kind == "full" and not b.scored for b in self.network.blocks):
                 ways["cuDNN"] = DenseWay(context, [SDPBackend.CUDNN_ATTENTION])
                 ways["flash"] = DenseWay(context, [SDPBackend.FLASH_ATTENTION])
-            if (
-                what == "throughput" and self.on_gpu
-            ):  # a batch fits if its prompts can be read beside a step's graph
+            if what == "throughput" and self.on_gpu:
+                # A batch fits if its prompts can be read beside a step's graph.
                 decoder.assume(context)
                 decoder.step()
                 decoder.try_prompts(context)
@@ -177,10 +176,8 @@ class Bench:
         self._collect()
         device = self.network.device
         free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )  # holes between weights
-        return int((free - RESERVE) // self.row_bytes(context + self.steps + 1))
+        holes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # between weights
+        return int((free + holes - RESERVE) // self.row_bytes(context + self.steps + 1))
 
     def row_bytes(self, length: int) -> int:
         """Bytes of one sequence's preallocated cache."""

@@ -235,10 +235,13 @@ def _prefill(
         size = keys.shape[2]
         kept = min(now.at, size)
         shift = now.at - kept
+        near_by = now
+        if shift:
+            start = (now.start - shift).clamp(min=0)
+            near_by = replace(now, offset=now.offset - shift, first=now.first - shift, start=start)
+        where = near_by.offset, near_by.start
         k, v = (x.new_empty(keys.shape[0], block.groups, kept + length, block.dim) for _ in "kv")
-        where = now.offset - shift, (now.start - shift).clamp(min=0)
-        shifted = replace(now, offset=where[0], first=now.first - shift)
-        q, query = _queries(block, fused, k, v, shifted, False)
+        q, query = _queries(block, fused, k, v, near_by, False)
         for ring, joined in ((keys, k), (values, v)):
             joined[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
             _fill_ring(ring, joined, shift)

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,9 +112,15 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def hopper_kernels(name: str, q: Tensor, *others: Any) -> ModuleType | None:
+    """The module ``name`` of kernels for Hopper, if its `fits` takes these; not imported for tensors of a CPU."""
+    module = _hopper_module(name) if q.is_cuda else None
+    return module if module and module.fits(q, *others) else None
+
+
 @functools.cache
-def hopper_kernels(name: str) -> ModuleType | None:
-    """The module ``name`` of kernels for Hopper, which need Gluon, or None under a Triton without it."""
+def _hopper_module(name: str) -> ModuleType | None:
+    """None under a Triton without Gluon."""
     try:
         return importlib.import_module(f"{__package__}.{name}")
     except ImportError:

@@ -26,6 +26,15 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return made
 
 
+@gluon.jit
+def fetch(desc, row, head, first, full, empty, smem, step, STAGES: gl.constexpr):
+    """Bring a tile of one head, from slot ``first`` on, to the stage of a step as soon as that is free."""
+    stage, phase = step % STAGES, step // STAGES & 1
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    bulk_load(desc, [row, head, first, 0], full.index(stage), smem.index(stage))
+
+
 @functools.cache
 def capable(device: torch.device) -> bool:
     """Whether the kernels for Hopper run on this device under this Triton."""

@@ -115,7 +115,8 @@ def test_other_layouts_are_copied_first_or_left_to_the_portable_kernel(make):
     assert shared.bulk_strides(make()) is None
 
 
-def test_they_are_for_hopper_alone():
+def test_they_are_for_hopper_alone(monkeypatch):
+    monkeypatch.setattr(forward, "HOPPER_SLOTS", 0)
     q, k = torch.randn(1, 4, 5, 64, dtype=torch.bfloat16), torch.randn(1, 2, 5, 64, dtype=torch.bfloat16)
     assert forward.on_hopper(q, k, k, 0.1) is None
     assert not shared.capable(torch.device("cpu"))

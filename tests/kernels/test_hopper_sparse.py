@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from hyconvert_kernels import dispatch
 from hyconvert_kernels.dispatch import BLOCK_SIZES
 from hyconvert_kernels.sparse import forward, hopper
 from hyconvert_kernels.sparse.union import build_union, union_queries
@@ -150,5 +151,6 @@ def test_it_is_for_hopper_alone(monkeypatch):
         raise AssertionError(f"{name} was imported")
 
     assert not hopper.fits(*tensors(), 0.1, 64)
-    monkeypatch.setattr(forward, "hopper_kernels", unwanted)
+    monkeypatch.setattr(dispatch, "_hopper_module", unwanted)
+    monkeypatch.setattr(forward, "HOPPER_ROWS", 0)
     assert forward.on_hopper(*tensors(), 0.1, 64) is None

@@ -178,9 +178,8 @@ def _causal_grad_kv(
 
 
 def on_hopper(q, k):
-    """The module of the kernels for Hopper, if they can take these; not imported for tensors of a CPU."""
-    hopper = hopper_kernels("oracle.hopper_backward") if q.is_cuda else None
-    return hopper if hopper and hopper.fits(q, k) else None
+    """The module of the kernels for Hopper, if they take over these."""
+    return hopper_kernels("oracle.hopper_backward", q, k) if k.shape[2] >= HOPPER_SLOTS else None
 
 
 def backward(
@@ -201,7 +200,7 @@ def backward(
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
     ratio, padded = heads // groups, triton.next_power_of_2(dim)
-    pinned = q_tile or kv_tile or window < EVERYTHING or slots < HOPPER_SLOTS
+    pinned = q_tile or kv_tile or window < EVERYTHING
     if not pinned and (hopper := on_hopper(q, k)):
         grads = grad_q, grad_k, grad_v
         return hopper.backward(

@@ -138,9 +138,8 @@ def _oracle_forward(
 
 
 def on_hopper(q, k, v, scale):
-    """The module of the kernel for Hopper, if it takes these; not imported for tensors of a CPU."""
-    hopper = hopper_kernels("oracle.hopper") if q.is_cuda and k.shape[2] >= HOPPER_SLOTS else None
-    return hopper if hopper and hopper.fits(q, k, v, scale) else None
+    """The module of the kernel for Hopper, if it takes over these."""
+    return hopper_kernels("oracle.hopper", q, k, v, scale) if k.shape[2] >= HOPPER_SLOTS else None
 
 
 def forward(

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..configs import HOPPER_CACHED, hopper_tile, processors, strides
-from ..hopper import barrier, barriers, bulk_load, bulk_strides, bulk_tiles, capable
+from ..hopper import barrier, barriers, bulk_strides, bulk_tiles, capable, fetch
 from ..tiles import FAR, LN2
 
 
@@ -71,13 +71,8 @@ def _producer(
                 _high, _free, steps = _extent(slots, starts, seg, window, BN)
                 for j in range(0, steps):
                     n = seg + (steps - 1 - j) * BN
-                    stage, phase = step % STAGES, step // STAGES & 1
-                    mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                    bulk_load(k_desc, [row, group, n, 0], k_full.index(stage), k_smem.index(stage))
-                    mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                    bulk_load(v_desc, [row, group, n, 0], v_full.index(stage), v_smem.index(stage))
+                    fetch(k_desc, row, group, n, k_full, k_empty, k_smem, step, STAGES)
+                    fetch(v_desc, row, group, n, v_full, v_empty, v_smem, step, STAGES)
                     step += 1
                 seg = gl.min(gl.where(starts > seg, starts, FAR), 0)
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..configs import hopper_grad_kv_tile, hopper_grad_q_tile, strides
 from ..dispatch import dense_rows
-from ..hopper import barrier, barriers, bulk_load, bulk_tiles, capable
+from ..hopper import barrier, barriers, bulk_load, bulk_tiles, capable, fetch
 from ..tiles import FAR, LOG2E
 
 
@@ -130,9 +130,8 @@ def _kv_consumer(
     n0 += W * 64
     m_keys = n0 + gl.arange(0, 64, gl.SliceLayout(1, MEM))
     m_columns = gl.arange(0, D, gl.SliceLayout(0, MEM))
-    written = (m_keys < gl.minimum(S, offset + T))[
-        :, None
-    ]  # a static cache may hold anything behind the last query
+    # A static cache may hold anything behind the last query.
+    written = (m_keys < gl.minimum(S, offset + T))[:, None]
     m_keys64 = m_keys.to(gl.int64)[:, None]
     k_base = K + row64 * k_strides[0] + group64 * k_strides[1]
     v_base = V + row64 * v_strides[0] + group64 * v_strides[1]
@@ -208,10 +207,8 @@ def _hopper_grad_kv(
     g_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], g_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ONES)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ONES)
-    q_full, g_full = (
-        barriers(STAGES, 33),
-        barriers(STAGES, 33),
-    )  # a bulk copy, and 32 lanes' copies of numbers
+    # A bulk copy arrives, and 32 lanes' copies of log-sum-exps or deltas.
+    q_full, g_full = barriers(STAGES, 33), barriers(STAGES, 33)
     empty = barriers(STAGES, 2)
     fence_async_shared()
     tile, line = gl.program_id(0) % tiles, gl.program_id(0) // tiles
@@ -256,13 +253,8 @@ def _q_producer(
 ):  # fmt: skip
     for step in range(0, extent[2] + extent[3]):
         n = _q_item(step, extent, BN)
-        stage, phase = step % STAGES, step // STAGES & 1
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        bulk_load(k_desc, [row, group, n, 0], k_full.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        bulk_load(v_desc, [row, group, n, 0], v_full.index(stage), v_smem.index(stage))
+        fetch(k_desc, row, group, n, k_full, k_empty, k_smem, step, STAGES)
+        fetch(v_desc, row, group, n, v_full, v_empty, v_smem, step, STAGES)
 
 
 @gluon.jit

@@ -123,9 +123,9 @@ def build_union(
 
 
 def on_hopper(q, k, v, out, scale, block_size):
-    """The module of the kernel for Hopper, if it can take these; not imported for tensors of a CPU."""
-    hopper = hopper_kernels("sparse.hopper") if q.is_cuda else None
-    return hopper if hopper and hopper.fits(q, k, v, out, scale, block_size) else None
+    """The module of the kernel for Hopper, if it takes over these."""
+    many = q.shape[:3].numel() >= HOPPER_ROWS
+    return hopper_kernels("sparse.hopper", q, k, v, out, scale, block_size) if many else None
 
 
 def forward(
@@ -135,8 +135,7 @@ def forward(
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     ratio = heads // groups
-    many = batch * heads * length >= HOPPER_ROWS
-    if tile is None and many and (hopper := on_hopper(q, k, v, out, scale, block_size)):
+    if tile is None and (hopper := on_hopper(q, k, v, out, scale, block_size)):
         settings = {"block_size": block_size, "window": window, "scale": scale}
         return hopper.forward(q, k, v, union, q_offset, out, lse, **settings)
     tile = tile or sparse_tile(q.dtype, dim, ratio, block_size)

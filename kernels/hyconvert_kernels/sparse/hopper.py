@@ -64,6 +64,20 @@ def _edges(slots, count, offset, tile, window, EDGE: gl.constexpr, BQ: gl.conste
 
 
 @gluon.jit
+def _fetch_boxes(desc, row, group, begin, full, boxes, stage, D: gl.constexpr, BN: gl.constexpr):
+    """Bring a step's boxes, which ``begin`` at these slots, column by column of boxes."""
+    NB: gl.constexpr = BN // BOX
+    PANELS: gl.constexpr = D // BOX
+    part = gl.arange(0, NB, begin.type.layout)
+    mbarrier.expect(full, BN * D * 2)
+    for h in gl.static_range(NB):
+        n = gl.max(gl.where(part == h, begin, 0), 0)
+        for p in gl.static_range(PANELS):
+            to = boxes.index((stage * PANELS + p) * NB + h)
+            bulk_load(desc, [row, group, n, p * BOX], full, to)
+
+
+@gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, q_smem, kv, tile_smem, words, q_bars, kv_bars, SLOTS, BITS, COUNTS, OFFSET, COUNTER,
     T, S, CAP, tiles, total_tiles, window,
@@ -77,10 +91,9 @@ def _producer(
     k_full, k_empty, v_full, v_empty = kv_bars
     NB: gl.constexpr = BN // BOX
     PARTS: gl.constexpr = BLOCK // BOX
-    PANELS: gl.constexpr = D // BOX
     L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    k_boxes = k_smem._reinterpret(k_smem.dtype, [STAGES * PANELS * NB, 1, 1, BOX, BOX], k_desc.layout)
-    v_boxes = v_smem._reinterpret(v_smem.dtype, [STAGES * PANELS * NB, 1, 1, BOX, BOX], v_desc.layout)
+    k_boxes = k_smem._reinterpret(k_smem.dtype, [STAGES * D // BOX * NB, 1, 1, BOX, BOX], k_desc.layout)
+    v_boxes = v_smem._reinterpret(v_smem.dtype, [STAGES * D // BOX * NB, 1, 1, BOX, BOX], v_desc.layout)
     programs = gl.num_programs(0)
     part = gl.arange(0, NB, L)
     work = gl.program_id(0)
@@ -120,19 +133,9 @@ def _producer(
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             slot_smem.index(stage).store(begin)
             bits_smem.index(stage).store(wanted)
-            mbarrier.expect(k_full.index(stage), BN * D * 2)
-            for h in gl.static_range(NB):
-                n = gl.max(gl.where(part == h, begin, 0), 0)
-                for p in gl.static_range(PANELS):
-                    to = k_boxes.index((stage * PANELS + p) * NB + h)
-                    bulk_load(k_desc, [row, group, n, p * BOX], k_full.index(stage), to)
+            _fetch_boxes(k_desc, row, group, begin, k_full.index(stage), k_boxes, stage, D, BN)
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), BN * D * 2)
-            for h in gl.static_range(NB):
-                n = gl.max(gl.where(part == h, begin, 0), 0)
-                for p in gl.static_range(PANELS):
-                    to = v_boxes.index((stage * PANELS + p) * NB + h)
-                    bulk_load(v_desc, [row, group, n, p * BOX], v_full.index(stage), to)
+            _fetch_boxes(v_desc, row, group, begin, v_full.index(stage), v_boxes, stage, D, BN)
             wanted, begin = next_wanted, next_begin
             step += 1
             if j == 0:  # early, so that the next tile need not wait for it
@@ -352,9 +355,8 @@ def _hopper_sparse(
     q1 = gl.allocate_shared_memory(dtype, [BUFFERS, 1, 1, RP, BQ // 2, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], KV)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BN, D], KV)
-    tile_smem = gl.allocate_shared_memory(
-        gl.int32, [BUFFERS * 4, 1], WORDS
-    )  # tile, steps, masked ones, offset
+    # Of a tile: its place, its steps, the masked ones, its row's offset.
+    tile_smem = gl.allocate_shared_memory(gl.int32, [BUFFERS * 4, 1], WORDS)
     slot_smem = gl.allocate_shared_memory(gl.int32, [STAGES, NB], WORDS)
     bits_smem = gl.allocate_shared_memory(BITS.dtype.element_ty, [STAGES, NB], WORDS)
     q_full, q_empty = barriers(BUFFERS, 1), barriers(BUFFERS, 2)
@@ -388,15 +390,17 @@ def _hopper_sparse(
 def fits(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float, block_size: int
 ) -> bool:
-    """Whether `forward` can take these, on this device and under this Triton."""
+    """Whether `forward` can take these, on this device and under this Triton.
+
+    With one query head per KV head a tile has fewer rows, with more than 64 no query for the second warpgroup.
+    """
+    ratio = q.shape[1] // k.shape[1]
     return (
         capable(q.device)
         and q.dtype == torch.bfloat16
         and q.shape[3] in (64, 128)
         and block_size % BOX.value == 0
-        and 2
-        <= q.shape[1] // k.shape[1]
-        <= 64  # else a tile has fewer rows, or no query for the second warpgroup
+        and 2 <= ratio <= 64
         and all(bulk_strides(x) is not None for x in (q, k, v, out))
         and scale > 0
     )
