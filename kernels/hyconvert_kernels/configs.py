@@ -107,6 +107,20 @@ def hopper_tile(ratio: int) -> Tile:
     return Tile(128 // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)
 
 
+def hopper_maxima(queries: int, keys: int) -> int:
+    """Block maxima, float32, that oracle attention on Hopper holds at a time.
+
+    A round of an H100's tiles takes 2^25 of them at 128k keys and 8 KV heads. Twice as many are faster where both fit
+    easily: where the queries, of so many numbers, weigh as much, and rounds are short.
+    """
+    return 1 << 26 if keys <= 65536 and queries >= 1 << 27 else 1 << 25
+
+
+def select_warps(size: int) -> int:
+    """Warps of a program that chooses among so many blocks: of 512 one, which need not wait for others."""
+    return max(1, min(16, size // 512))
+
+
 def hopper_grad_q_tile() -> Tile:
     """dQ of oracle attention on Hopper: 64 queries for each of two warpgroups."""
     return Tile(128, 128, 4, 2, registers=240)

@@ -12,9 +12,10 @@ from hyconvert_kernels.oracle import forward, hopper, hopper_backward
 
 COMPILE = """
 from hyconvert_kernels.oracle import hopper
+hopper.read = lambda *_, **__: None
 hopper._hopper_forward, hopper.processors = Compiled(hopper._hopper_forward), lambda device: 132
 
-for heads, dim, block, length, scored in ((8, 128, 64, 40960, True), (6, 64, 16, 256, False)):
+for heads, dim, block, length, scored in ((8, 128, 64, 16384, True), (6, 64, 16, 256, False)):
     keys, scores = empty(1, 2, length, dim), empty(1, 2, length, length // block, dtype=torch.float32)
     hopper.forward(
         empty(1, heads, length, dim), keys, keys, empty(1, dtype=torch.int64), empty(1, length, dtype=torch.int64),

@@ -241,7 +241,8 @@ def sparse_decode(
     if direct:
         return
     mapped = value_map is not None
-    width = min(padded, 32) if mapped else padded
+    # A program's columns: few where few programs are there, all where many would read the same parts.
+    width = min(padded, 32 if batch < 32 else 128) if mapped else padded
     per = (rows_per_program or (16 if batch >= 8 else 1)) if mapped else 1
     _sparse_join[(heads * triton.cdiv(dim, width), triton.cdiv(batch, per))](
         part, part_lse, gate, value_map if mapped else q, out, batch, gate.stride(0), gate.stride(1),

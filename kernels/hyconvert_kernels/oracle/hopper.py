@@ -9,6 +9,9 @@ Gluon belongs to Triton and may change with it: `fits` says where this has been 
 own kernel.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -20,9 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..configs import HOPPER_CACHED, hopper_tile, processors, strides
+from ..configs import HOPPER_CACHED, hopper_maxima, hopper_tile, processors, strides
 from ..hopper import barrier, barriers, bulk_strides, bulk_tiles, capable, fetch
 from ..tiles import FAR, LN2
+from .maxima import read
+
+ROWS = 128
+"""Rows of a tile: queries times heads of a group, 64 for each warpgroup."""
 
 
 @gluon.jit
@@ -79,31 +86,32 @@ def _producer(
 
 @gluon.jit
 def _softmax(
-    s, top, n, position, slots, high, raw, rows, scale_log2, window,
-    BM: gl.constexpr, BN: gl.constexpr, SUB: gl.constexpr, MASK: gl.constexpr, SCORE: gl.constexpr,
+    s, top, n, position, slots, high, raw, rows, inside, scale_log2, window,
+    BM: gl.constexpr, BN: gl.constexpr, BLOCK: gl.constexpr, MASK: gl.constexpr, SCORE: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Weights, the new top and the decay of a step's raw logits; block maxima go to ``raw`` in log2 units."""
-    parts: gl.constexpr = BN // SUB
+    """Weights, the new top and the decay of a step's raw logits; maxima of rows ``inside`` go to ``raw`` in log2 units."""
+    parts: gl.constexpr = BN // BLOCK
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     keys = n + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
     if SCORE:
         seen = s
         if MASK:
             seen = gl.where(keys[None, :] <= slots[:, None] - window, s, float("-inf"))
-        # A mask has the layout of its pointers, which comparing rows gives it.
         if parts == 1:
             block = gl.max(seen, 1)
-            store = (n <= high - 1 - window) & (rows >= 0) if MASK else None
+            store = inside & (n <= high - 1 - window) if MASK else inside
             gl.store(raw + position * BM + rows, block * scale_log2, mask=store)
             best = block
         else:
-            blocks = gl.max(seen.reshape([BM, parts, SUB]), 2)
+            blocks = gl.max(seen.reshape([BM, parts, BLOCK]), 2)
             PART: gl.constexpr = gl.SliceLayout(0, blocks.type.layout)
             part = gl.arange(0, parts, PART)
             row = gl.arange(0, BM, gl.SliceLayout(1, blocks.type.layout))
             place = raw + (position + part)[None, :] * BM + row[:, None]
-            store = ((n + part * SUB) <= high - 1 - window)[None, :] & (row >= 0)[:, None] if MASK else None
+            store = gl.convert_layout(inside, row.type.layout, assert_trivial=True)[:, None]
+            if MASK:
+                store = store & ((n + part * BLOCK) <= high - 1 - window)[None, :]
             gl.store(place, blocks * scale_log2, mask=store)
             best = gl.convert_layout(gl.max(blocks, 1), ROW, assert_trivial=True)
     if MASK:
@@ -120,9 +128,9 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    mine, theirs, turn, scale_log2, window,
-    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, SUB: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    acc, top, total, p, n, step, seg, slots, high, raw, rows, inside, q_smem, k_smem, v_smem, k_full, k_empty, v_full,
+    v_empty, mine, theirs, turn, scale_log2, window,
+    BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
     SCORE: gl.constexpr, TURNS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Logits of the keys from ``n`` on, while the weights ``p`` of the step before meet their values."""
@@ -141,7 +149,8 @@ def _step(
     s, acc = warpgroup_mma_wait(1, deps=[s, acc])
     mbarrier.arrive(k_empty.index(stage))
     weights, top, decay = _softmax(
-        s, top, n, (n - seg) // SUB, slots, high, raw, rows, scale_log2, window, BM, BN, SUB, MASK, SCORE, S_LAYOUT,
+        s, top, n, (n - seg) // BLOCK, slots, high, raw, rows, inside, scale_log2, window, BM, BN, BLOCK, MASK, SCORE,
+        S_LAYOUT,
     )  # fmt: skip
     total = total * decay + gl.sum(weights, 1)
     after = gl.convert_layout(weights.to(p.dtype), p.type.layout)
@@ -156,10 +165,10 @@ def _step(
 @gluon.jit
 def _consumer(
     W: gl.constexpr, q_smem, kv, k_full, k_empty, v_full, v_empty, turns, cleaned,
-    Q, OUT, LSE, RAW, SCORES, OFFSET, START, q_strides, o_strides,
-    T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+    Q, OUT, LSE, MAXIMA, OFFSET, START, q_strides, o_strides,
+    T, T0, T1, positions, tiles, total_tiles, scale_log2, window,
     G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, WQ: gl.constexpr, D: gl.constexpr,
-    BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
+    BN: gl.constexpr, BLOCK: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
     EVEN: gl.constexpr,
 ):  # fmt: skip
     k_smem, v_smem = kv
@@ -173,7 +182,6 @@ def _consumer(
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dtype: gl.constexpr = Q.dtype.element_ty
     pid, programs = gl.program_id(0), gl.num_programs(0)
-    raw = RAW + (pid * 2 + W).to(gl.int64) * RAW_ROWS * BM
     rows = gl.arange(0, BM, ROW)
     step = 0
     turn = 0
@@ -200,8 +208,13 @@ def _consumer(
             fence_async_shared()
             barrier()
             slots = offset + t_first + rows // RP
+            raw = MAXIMA + (((row64 * G + group64) * tiles + tile) * 2 + W) * positions * BM
+            starts = gl.load(START + row64 * T + slots - offset, mask=slots - offset < T1, other=FAR).to(
+                gl.int32
+            )
             seg = gl.min(starts_all, 0)
             while seg < FAR:
+                inside = starts == seg
                 high, free, steps = _extent(offset + t_all, starts_all, seg, window, BN)
                 top = gl.full([BM], float("-inf"), gl.float32, ROW)
                 acc = gl.zeros([BM, D], gl.float32, O_LAYOUT)
@@ -220,8 +233,8 @@ def _consumer(
                 mbarrier.arrive(k_empty.index(stage))
                 n = seg + (steps - 1) * BN
                 weights, top, _decay = _softmax(
-                    s, top, n, (n - seg) // SUB, slots, high, raw, rows, scale_log2, window, BM, BN, SUB, True, SCORE,
-                    S_LAYOUT,
+                    s, top, n, (n - seg) // BLOCK, slots, high, raw, rows, inside, scale_log2, window, BM, BN, BLOCK, True,
+                    SCORE, S_LAYOUT,
                 )  # fmt: skip
                 total = gl.sum(weights, 1)
                 p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
@@ -242,17 +255,17 @@ def _consumer(
                 for _ in range(1, steps - free):
                     n -= BN
                     acc, top, total, p = _step(
-                        acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
-                        k_empty, v_full, v_empty, mine, theirs, 0, scale_log2, window,
-                        BM, BN, D, SUB, STAGES, True, SCORE, False, S_LAYOUT, O_LAYOUT,
+                        acc, top, total, p, n, step, seg, slots, high, raw, rows, inside, q_smem, k_smem, v_smem,
+                        k_full, k_empty, v_full, v_empty, mine, theirs, 0, scale_log2, window,
+                        BM, BN, D, BLOCK, STAGES, True, SCORE, False, S_LAYOUT, O_LAYOUT,
                     )  # fmt: skip
                     step += 1
                 for _ in range(0, gl.minimum(free, steps - 1)):
                     n -= BN
                     acc, top, total, p = _step(
-                        acc, top, total, p, n, step, seg, slots, high, raw, rows, q_smem, k_smem, v_smem, k_full,
-                        k_empty, v_full, v_empty, mine, theirs, turn, scale_log2, window,
-                        BM, BN, D, SUB, STAGES, False, SCORE, True, S_LAYOUT, O_LAYOUT,
+                        acc, top, total, p, n, step, seg, slots, high, raw, rows, inside, q_smem, k_smem, v_smem,
+                        k_full, k_empty, v_full, v_empty, mine, theirs, turn, scale_log2, window,
+                        BM, BN, D, BLOCK, STAGES, False, SCORE, True, S_LAYOUT, O_LAYOUT,
                     )  # fmt: skip
                     step += 1
                     turn += 1
@@ -281,59 +294,16 @@ def _consumer(
                 gl.store(place + o_columns[None, :], out.to(dtype), mask=done[:, None])
                 lse2_o = gl.convert_layout(lse2, O_ROW)
                 gl.store(LSE + (row64 * G * R + o_head) * T + o_t, lse2_o * LN2, mask=done)
-                if SCORE:
-                    barrier()
-                    base = SCORES + (row64 * G + group64) * (T1 - T0) * NB
-                    _write_scores(
-                        raw, base, lse2, START + row64 * T, offset, t_first, seg, window, NB, T0, T1, BM, WQ, R, RP,
-                        BLOCK, SUB, 32,
-                    )  # fmt: skip
-                    barrier()
                 seg = gl.min(gl.where(starts_all > seg, starts_all, FAR), 0)
 
 
 @gluon.jit
-def _write_scores(
-    raw, scores, lse2, starts, offset, t_first, seg, window, NB, T0, T1,
-    BM: gl.constexpr, WQ: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr,
-    C: gl.constexpr,
-):  # fmt: skip
-    parts: gl.constexpr = BLOCK // SUB
-    IN: gl.constexpr = gl.BlockedLayout([1, RP], [2, 16], [4, 1], [1, 0])
-    TO: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
-    TO_Q: gl.constexpr = gl.SliceLayout(0, TO)
-    rows = gl.arange(0, BM, gl.SliceLayout(0, IN))
-    t_rows = t_first + rows // RP
-    row_ok = (t_rows < T1) & (rows % RP < R)
-    lse_in = gl.convert_layout(lse2, gl.SliceLayout(0, IN))
-    t_q = t_first + gl.arange(0, WQ, TO_Q)
-    ok_q = (gl.load(starts + t_q, mask=t_q < T1, other=FAR).to(gl.int32) == seg) & (t_q < T1)
-    slot_q = offset + t_q
-    last = gl.max(gl.where(ok_q, slot_q, -1), 0) - window
-    for c in range(0, NB, C):
-        block = c + gl.arange(0, C, gl.SliceLayout(1, IN))
-        best = gl.full([C, BM], float("-inf"), gl.float32, IN)
-        for part in gl.static_range(parts):
-            position = block * parts + part
-            seen = (seg + position * SUB <= last)[:, None] & row_ok[None, :]
-            value = gl.load(raw + position[:, None] * BM + rows[None, :], mask=seen, other=float("-inf"))
-            best = gl.maximum(best, value)
-        best = gl.exp2(best - lse_in[None, :])
-        group_best = gl.convert_layout(gl.max(best.reshape([C, WQ, RP]), 2), TO)
-        to_block = c + gl.arange(0, C, gl.SliceLayout(1, TO))
-        eligible = (seg + to_block * BLOCK)[:, None] <= slot_q[None, :] - window
-        group_best = gl.where(eligible, group_best, float("-inf"))
-        pointers = scores + (t_q - T0).to(gl.int64)[None, :] * NB + to_block[:, None]
-        gl.store(pointers, group_best, mask=(to_block < NB)[:, None] & ok_q[None, :])
-
-
-@gluon.jit
 def _hopper_forward(
-    Q, k_desc, v_desc, OUT, LSE, RAW, SCORES, OFFSET, START,
+    Q, k_desc, v_desc, OUT, LSE, MAXIMA, OFFSET, START,
     sqb, sqh, sqt, sob, soh, sot,
-    T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
+    T, T0, T1, positions, tiles, total_tiles, scale_log2, window,
     G: gl.constexpr, R: gl.constexpr, RP: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
-    BN: gl.constexpr, BLOCK: gl.constexpr, SUB: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
+    BN: gl.constexpr, BLOCK: gl.constexpr, SCORE: gl.constexpr, STAGES: gl.constexpr,
     EVEN: gl.constexpr, REGS: gl.constexpr,
 ):  # fmt: skip
     WQ: gl.constexpr = BQ // 2
@@ -353,14 +323,14 @@ def _hopper_forward(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, q0, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
-                OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
-                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES, EVEN,
+                0, q0, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, MAXIMA,
+                OFFSET, START, qs, os, T, T0, T1, positions, tiles, total_tiles, scale_log2, window,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SCORE, STAGES, EVEN,
             )),
             (_consumer, (
-                1, q1, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, RAW, SCORES,
-                OFFSET, START, qs, os, T, T0, T1, NB, RAW_ROWS, tiles, total_tiles, scale_log2, window,
-                G, R, RP, BQ, WQ, D, BN, BLOCK, SUB, SCORE, STAGES, EVEN,
+                1, q1, kv, k_full, k_empty, v_full, v_empty, turns, cleaned, Q, OUT, LSE, MAXIMA,
+                OFFSET, START, qs, os, T, T0, T1, positions, tiles, total_tiles, scale_log2, window,
+                G, R, RP, BQ, WQ, D, BN, BLOCK, SCORE, STAGES, EVEN,
             )),
             (_producer, (
                 k_desc, v_desc, kv, k_full, k_empty, v_full, v_empty, OFFSET, START, T, T0, T1, tiles, total_tiles,
@@ -385,32 +355,75 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> boo
 
 
 def forward(
-    q, k, v, q_offset, start, out, lse, scores, *, block_size, window, scale, first, end, by_length=None,
+    q, k, v, q_offset, start, out, lse, scores, indices=None, *, block_size, window, scale, first, end, by_length=None,
 ) -> None:  # fmt: skip
     """`forward.forward` of queries ``first`` to ``end``, for inputs that `fits` takes.
 
+    ``indices``, int32 ``[B,G,T,topk]`` or None, takes the blocks of largest score, for which no ``scores`` are needed.
     ``by_length`` says in which order tiles go, and is None for what suits the size; see `_locate`.
     """
     batch, heads, length, dim = q.shape
     groups, slots = k.shape[1], k.shape[2]
-    ratio = heads // groups
-    padded = triton.next_power_of_2(ratio)
+    ratio, lines, device = heads // groups, batch * k.shape[1], q.device
     tile = hopper_tile(ratio)
-    tiles = triton.cdiv(end - first, tile.queries)
-    total = tiles * batch * groups
-    programs = min(total, processors(q.device))
-    sub = min(block_size, tile.keys)
-    raw_rows = triton.cdiv(slots, sub) + tile.keys // 16
-    raw = torch.empty(
-        programs * raw_rows * 128 if scores is not None else 1, dtype=torch.float32, device=q.device
-    )
     if by_length is None:
         by_length = k.nbytes + v.nbytes <= HOPPER_CACHED
-    _hopper_forward[(programs,)](
-        q, bulk_tiles(k, tile.keys), bulk_tiles(v, tile.keys), out, lse, raw, scores if scores is not None else raw,
-        q_offset, start, *strides(q), *strides(out),
-        length, first, end, triton.cdiv(slots, block_size), raw_rows, tiles, total, scale * 1.4426950408889634, window,
-        G=groups, R=ratio, RP=padded, BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size, SUB=sub,
-        SCORE=scores is not None, STAGES=tile.stages,
-        EVEN=by_length, REGS=tile.registers, num_warps=tile.warps,
-    )  # fmt: skip
+    keys, values = bulk_tiles(k, tile.keys), bulk_tiles(v, tile.keys)
+    scored = scores is not None or indices is not None
+    parts = [Span(first, end, triton.cdiv(end - first, tile.queries), 0)]
+    if scored:
+        reach = slots - length - window  # query t wants keys up to slot t + reach at most
+        most = hopper_maxima(q.numel(), end + reach)
+        parts = list(spans(first, end, tile.queries, lines, reach, block_size, processors(device), most))
+    size = max(part.tiles * part.positions for part in parts)
+    maxima = torch.empty(max(1, lines * size * ROWS), dtype=torch.float32, device=device)
+    for part in parts:
+        total = lines * part.tiles
+        _hopper_forward[(min(total, processors(device)),)](
+            q, keys, values, out, lse, maxima, q_offset, start, *strides(q), *strides(out),
+            length, part.begin, part.end, part.positions, part.tiles, total, scale * 1.4426950408889634, window,
+            G=groups, R=ratio, RP=triton.next_power_of_2(ratio), BQ=tile.queries, D=dim, BN=tile.keys, BLOCK=block_size,
+            SCORE=scored, STAGES=tile.stages, EVEN=by_length, REGS=tile.registers, num_warps=tile.warps,
+        )  # fmt: skip
+        read(
+            maxima, lse, q_offset, start, scores, indices, first=first, begin=part.begin, end=part.end,
+            tiles=part.tiles, positions=part.positions, queries=tile.queries, ratio=ratio, window=window,
+            block_size=block_size,
+        )  # fmt: skip
+
+
+class Span(NamedTuple):
+    """Queries ``begin`` to ``end`` in so many tiles per batch row and KV head, and the blocks that they may reach."""
+
+    begin: int
+    end: int
+    tiles: int
+    positions: int
+
+
+def spans(
+    first: int, end: int, queries: int, lines: int, reach: int, block_size: int, programs: int, most: int
+) -> Iterator[Span]:
+    """Queries whose maxima fit into memory at a time, the last ones first.
+
+    Each but the very last, of the shortest tiles, has as many tiles as programs take in whole rounds, if memory is
+    enough for a round.
+
+    Args:
+        first, end: queries.
+        queries: per tile.
+        lines: batch rows times KV heads.
+        reach: query t sees keys up to slot t + reach.
+        block_size: tokens per block.
+        programs: that run side by side.
+        most: maxima.
+    """
+    while first < end:
+        positions = max(1, triton.cdiv(end + reach, block_size))
+        left = triton.cdiv(end - first, queries)
+        tiles = min(left, max(1, most // (lines * ROWS * positions)))
+        if programs <= tiles * lines and tiles < left:
+            tiles = max(1, tiles * lines // programs * programs // lines)
+        begin = max(first, end - tiles * queries)
+        yield Span(begin, end, tiles, positions)
+        end = begin

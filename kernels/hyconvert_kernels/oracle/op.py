@@ -13,8 +13,6 @@ from . import reference
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that `oracle_attention_topk` holds at a time (its query chunk is cut to fit)."""
-HOPPER_SCORE_ELEMENTS = 1 << 24
-"""The same on Hopper's kernel, which is as fast with fewer; the portable one is not."""
 
 
 def oracle_attention(
@@ -139,8 +137,11 @@ def oracle_topk(
         with on_device(q):
             full.oracle_decode(*tensors, out, lse, indices, **settings)
         return out, lse, indices
-    elements = HOPPER_SCORE_ELEMENTS if forward.on_hopper(*tensors[:3], scale) else SCORE_ELEMENTS
-    step = min(length, max(64, elements // (batch * groups * blocks) // 64 * 64))
+    if hopper := forward.on_hopper(*tensors[:3], scale):
+        with on_device(q):
+            hopper.forward(*tensors, out, lse, None, indices, first=0, end=length, **settings)
+        return out, lse, indices
+    step = min(length, max(64, SCORE_ELEMENTS // (batch * groups * blocks) // 64 * 64))
     buffer = torch.empty(batch * groups * step * blocks, dtype=torch.float32, device=q.device)
     with on_device(q):
         for first in range(0, length, step):

@@ -1,4 +1,7 @@
-"""Triton block selection: the k-th largest score by bisection over float bits, then a prefix sum packs the winners."""
+"""Triton block selection: the k-th largest score by bisection over float bits, then a prefix sum packs the winners.
+
+The bisection ends as soon as k entries are left, most often after half of the bits.
+"""
 
 import torch
 import triton
@@ -31,25 +34,33 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr, TWO: tl.constexpr = Fals
         many = tl.sum((order >= 0).to(tl.int32)) >= k
         bound = tl.where(many, 0, -2147483648).to(tl.int32)
         top: tl.constexpr = 30
+    left = tl.sum((order >= bound).to(tl.int32))  # entries that are left; k of them are the answer
     if TWO:
-        for i in range(15):
+        i = 0
+        while (i < 15) & (left > k):
             low = 1 << (28 - 2 * i)
             one = (order >= bound + low).to(tl.int64)
             two = (order >= bound + 2 * low).to(tl.int64) << 20
             three = (order >= bound + 3 * low).to(tl.int64) << 40
             counts = tl.sum(one + two + three)  # each at most 2^20
-            above_one, above_two = (counts & 0xFFFFF) >= k, (counts >> 20 & 0xFFFFF) >= k
-            above_three = counts >> 40 >= k
-            bound += low * (above_one.to(tl.int32) + above_two.to(tl.int32) + above_three.to(tl.int32))
+            for part in tl.static_range(3):
+                count = (counts >> (20 * part) & 0xFFFFF).to(tl.int32)
+                bound += low * (count >= k).to(tl.int32)
+                left = tl.where(count >= k, count, left)
+            i += 1
     else:
-        for i in range(top + 1):
-            trial = bound + (1 << (top - i))
-            enough = tl.sum((order >= trial).to(tl.int32)) >= k
-            bound = tl.where(enough, trial, bound)
-    above = valid & (order > bound)
-    equal = valid & (order == bound)
-    room = k - tl.sum(above.to(tl.int32))
-    win = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+        i = top
+        while (i >= 0) & (left > k):
+            trial = bound + (1 << i)
+            count = tl.sum((order >= trial).to(tl.int32))
+            bound = tl.where(count >= k, trial, bound)
+            left = tl.where(count >= k, count, left)
+            i -= 1
+    win = valid & (order >= bound)
+    if left > k:  # ties at the k-th place
+        above = valid & (order > bound)
+        room = k - tl.sum(above.to(tl.int32))
+        win = above | ((win != above) & (tl.cumsum((win != above).to(tl.int32), 0) <= room))
     return win, tl.cumsum(win.to(tl.int32), 0) - 1
 
 
