@@ -11,7 +11,8 @@ are synthetic, and correlated as neighbouring queries' are. In rows of gradients
 bit. A failure is a row too, and the run goes on; rows of an earlier run on such a card stay until they are timed again.
 
 First every section runs once with `--warm`, which times nothing, in a process of its own, side by side, to fill the
-compilers' caches; `--cold` leaves that out. `--plot FILE` draws saved results (needs matplotlib, no GPU).
+compilers' caches; `--cold` leaves that out. `--plot FILE` draws saved results, those of `benchmarks.kernels` too (needs
+matplotlib, no GPU).
 """
 
 from __future__ import annotations
@@ -387,33 +388,38 @@ def measure(section: str, size: int, table: Any) -> None:
         torch.cuda.empty_cache()
 
 
-PLOTTED = (
-    "SDPA flash", "SDPA cuDNN", "oracle with top-k", "oracle with top-k, portable kernel",
-    "sparse layer, independent", "sparse layer, as text at 8k", "window",
-    "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "sparse layer backward", "window backward",
-    "FlexAttention", "FlexAttention backward",
-)  # fmt: skip
+PLOTTED = {
+    "forward": (
+        "SDPA flash", "SDPA cuDNN", "oracle with top-k", "oracle with top-k, portable kernel", "FlexAttention",
+        "NSA selected, 32/2 heads", "sparse layer, independent", "sparse layer, as text at 8k", "window",
+    ),
+    "backward": (
+        "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "FlexAttention backward",
+        "NSA selected backward, 32/2 heads", "sparse layer backward", "window backward",
+    ),
+}  # fmt: skip
 
 
-def plot(source: Path, target: Path) -> None:
+def plot(sources: Iterable[Path], target: Path) -> None:
     """Time against length, on logarithmic axes, of the rows named in `PLOTTED` that were timed at several lengths."""
     from matplotlib import pyplot
 
-    found = json.loads(source.read_text())
-    lines: dict[str, list[tuple[int, float]]] = {name: [] for name in PLOTTED}
-    for row in found["rows"]:
-        if "ms" in row and row["name"] in lines:
-            lines[row["name"]].append((row["length"], row["ms"]))
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, points in lines.items():
-        if len(points) > 1:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    ticks = sorted({length for points in lines.values() for length, _ in points})
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=found["device"])
-    axes.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
+    found = [json.loads(source.read_text()) for source in sources]
+    times: dict[str, dict[int, float]] = {}
+    for row in (row for table in found for row in table["rows"] if "ms" in row):
+        times.setdefault(row["name"], {})[row["length"]] = row["ms"]
+    figure, panels = pyplot.subplots(2, 1, figsize=(8, 9))
+    for axes, (title, names) in zip(panels, PLOTTED.items(), strict=True):
+        for name in names:
+            if len(times.get(name, ())) > 1:
+                axes.plot(*zip(*sorted(times[name].items()), strict=True), marker="o", label=name)
+        ticks = sorted({length for name in names for length in times.get(name, ())})
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
+        axes.set_title(f"{title}, {found[0]['device']}")
+        axes.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
     figure.tight_layout()
     figure.savefig(target)
 
@@ -431,7 +437,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.plot:
-        plot(args.json, args.plot)
+        plot((RESULTS / "kernels.json", args.json), args.plot)
         return 0
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was timed", file=sys.stderr)
