@@ -136,10 +136,11 @@ def convert(
         )
     if dry_run:
         from hyconvert.checkpoint import open_source
-        from hyconvert.modeling import HyConvertConfig, family_of
+        from hyconvert.modeling import HyConvertConfig
+        from hyconvert.modeling.families import family_of_base
 
         source = open_source(base, revision=revision, dtype=dtype)
-        family_of(source.config.model_type)
+        family_of_base(source)
         made = conversion.make_plan(source.config, **chosen)
         warn(conversion.kernel_warnings(source.config, made))
         show(layer_table(HyConvertConfig.from_base(source.config, made)), as_json)

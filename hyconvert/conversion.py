@@ -20,7 +20,7 @@ from hyconvert.kv import head_dim
 from hyconvert.loading import quiet_loading
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.configuration import HyConvertConfig
-from hyconvert.modeling.families import base_window, family_of
+from hyconvert.modeling.families import base_window, family_of_base
 from hyconvert.modeling.model import model_class_of
 from hyconvert.plan import LayerPlan, Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import Progress, silent
@@ -225,7 +225,7 @@ def convert(
     began = time.monotonic()
     where = pick_device(device)
     source = open_source(base, revision=revision, dtype=dtype)
-    family_of(source.config.model_type)
+    family_of_base(source)
     calibration = (calibration or Calibration()).suited_to(source.config) if align_layers else None
     chosen: Plan | None = None
     if plan or uniform or full_layers:

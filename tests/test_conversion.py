@@ -1,6 +1,7 @@
 """Conversion end to end on tiny models of every family."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,28 @@ def test_an_unknown_family_is_refused_with_the_list(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(base)
     with pytest.raises(UnsupportedModelError, match=r"'gpt2' cannot be converted.*Llama, Mistral"):
         convert(base, tmp_path / "out", uniform=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param({"num_key_value_heads": 4}, r"0\.self_attn\.k_proj\.weight is \[", id="more KV heads"),
+        pytest.param({"intermediate_size": 40}, r"mlp\.gate_proj\.weight is \[", id="narrower MLP"),
+        pytest.param({"num_hidden_layers": 5}, r"wants model\.layers\.4\.self_attn\..* which the weights lack", id="layers"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    tiny_base: Callable[..., Path], tmp_path: Path, changes: dict[str, int], said: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    config.pop("layer_types", None)
+    (base / "config.json").write_text(json.dumps(config | changes))
+    plan = "F S0 W F" + " W" * (changes.get("num_hidden_layers", 4) - 4)
+    with pytest.raises(CheckpointError, match=said):
+        convert(base, tmp_path / "out", plan=plan, align_layers=False, device="cpu", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_whose_layers_all_slide_is_refused(tiny_base: Callable[..., Path], tmp_path: Path) -> None:

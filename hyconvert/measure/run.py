@@ -20,7 +20,7 @@ from hyconvert.measure.candidates import fit_candidate, make_candidate, run_from
 from hyconvert.measure.costs import Cost, Costs, MeasureSettings
 from hyconvert.measure.yardstick import Yardstick
 from hyconvert.modeling.configuration import HyConvertConfig
-from hyconvert.modeling.families import base_window, family_of
+from hyconvert.modeling.families import base_window, family_of_base
 from hyconvert.modeling.state import dense_state
 from hyconvert.plan import LayerPlan
 from hyconvert.progress import Progress, silent
@@ -59,7 +59,7 @@ def measure(
     """
     where = pick_device(device)
     source = open_source(base, revision=revision, dtype=measuring_dtype(dtype, where))
-    family_of(source.config.model_type)
+    family_of_base(source)
     if settings is None:
         limit = getattr(source.config, "max_position_embeddings", None)
         settings = MeasureSettings.suited(where.type, limit, **changes)

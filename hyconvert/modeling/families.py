@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hyconvert.errors import UnsupportedModelError
+import torch
+
+from hyconvert.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from hyconvert.checkpoint import Source
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,34 @@ def family_of(model_type: str) -> Family:
         raise UnsupportedModelError(
             f"models of type '{model_type}' cannot be converted{hint}; hyconvert converts {known}"
         ) from None
+
+
+def family_of_base(source: Source) -> Family:
+    """The family of a base, once its weights are known to be those that its config describes.
+
+    Builds the base without memory for its weights. Experts are not compared: Transformers stores them otherwise.
+
+    Raises:
+        UnsupportedModelError: see `family_of`.
+        CheckpointError: config and weights contradict each other.
+    """
+    family = family_of(source.config.model_type)
+    with torch.device("meta"):
+        wanted = family.load_class("ForCausalLM")(source.config).state_dict()
+    wrong = []
+    for name, tensor in wanted.items():
+        shape, found = list(tensor.shape), source.tensors.get(name)
+        if found is not None and list(found.shape) != shape:
+            wrong.append(f"{name} is {list(found.shape)} in the weights and {shape} by the config")
+        elif found is None and ".self_attn." in name:
+            wrong.append(f"the config wants {name}, which the weights lack")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"the config and the weights of {source.name!r} do not belong together: {wrong[0]}{more}; get both from one "
+            "place"
+        )
+    return family
 
 
 def base_window(config: Any, layer: int) -> int | None:
