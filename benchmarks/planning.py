@@ -10,6 +10,7 @@ tokens and measured on the same held-out text and prompts. Rows go to `benchmark
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -158,6 +159,9 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", help="names of the contenders to run")
     parser.add_argument("--refine", type=int, default=0, help="swaps tried per measured plan")
+    parser.add_argument(
+        "--fit", nargs="+", default=[], metavar="NAME=NUMBER", help="settings of alignment, as uniform=0.8"
+    )
     parser.add_argument("--out", default="benchmarks/results/planning.json")
     options = parser.parse_args()
 
@@ -197,6 +201,7 @@ def main() -> None:
         evaluator = None  # frees the last one first
         held = held or Held(tokenizer, options.data, options.tokens, options.length)
         evaluator = JointEvaluator(source, settings, fit, held.prompts, device)
+        evaluator.fit = dataclasses.replace(evaluator.fit, **numbers(options.fit))
         if not rows:
             rows.append({"plan": "base", "device": card, **held(evaluator, None)})
             print(rows[0], flush=True)
@@ -209,6 +214,7 @@ def main() -> None:
                 if options.only and name not in options.only:
                     continue
                 row = {"plan": name, "full": full, "fit tokens": tokens, "prompts among them": share}
+                row |= {"fit": options.fit} if options.fit else {}
                 row |= {"predicted": predicted(costs, plan), "line": plan.line, **held(evaluator, plan)}
                 rows.append(row)
                 Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
@@ -219,6 +225,12 @@ def main() -> None:
                     f"needle {row['needle nll']:.3f} {row['needle exact']:.2f} {plan.line}",
                     flush=True,
                 )
+
+
+def numbers(pairs: list[str]) -> dict[str, float]:
+    """NAME=NUMBER as a dictionary; whole numbers stay whole."""
+    split = dict(pair.split("=", 1) for pair in pairs)
+    return {name: int(value) if value.isdigit() else float(value) for name, value in split.items()}
 
 
 def predicted(costs: Costs, plan: Plan) -> float:

@@ -90,8 +90,8 @@ def family_of_base(source: Source) -> Family:
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise CheckpointError(
-            f"the config and the weights of {source.name!r} do not belong together: {wrong[0]}{more}; get both from one "
-            "place"
+            f"the config and the weights of {source.name!r} do not belong together: {wrong[0]}{more}; get both from "
+            "one place"
         )
     return family
 

@@ -90,7 +90,7 @@ def _softmax(
     BM: gl.constexpr, BN: gl.constexpr, BLOCK: gl.constexpr, MASK: gl.constexpr, SCORE: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Weights, the new top and the decay of a step's raw logits; maxima of rows ``inside`` go to ``raw`` in log2 units."""
+    """Weights, the new top and the decay of a step's raw logits; block maxima of rows ``inside`` go to ``raw``, in log2."""
     parts: gl.constexpr = BN // BLOCK
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     keys = n + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))
@@ -233,8 +233,8 @@ def _consumer(
                 mbarrier.arrive(k_empty.index(stage))
                 n = seg + (steps - 1) * BN
                 weights, top, _decay = _softmax(
-                    s, top, n, (n - seg) // BLOCK, slots, high, raw, rows, inside, scale_log2, window, BM, BN, BLOCK, True,
-                    SCORE, S_LAYOUT,
+                    s, top, n, (n - seg) // BLOCK, slots, high, raw, rows, inside, scale_log2, window, BM, BN, BLOCK,
+                    True, SCORE, S_LAYOUT,
                 )  # fmt: skip
                 total = gl.sum(weights, 1)
                 p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
