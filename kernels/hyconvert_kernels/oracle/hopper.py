@@ -90,7 +90,7 @@ def _softmax(
     BM: gl.constexpr, BN: gl.constexpr, BLOCK: gl.constexpr, MASK: gl.constexpr, SCORE: gl.constexpr,
     S_LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Weights, the new top and the decay of a step's raw logits; block maxima of rows ``inside`` go to ``raw``, in log2."""
+    """Weights, the new top and the decay of a step's raw logits; maxima of rows ``inside`` go to ``raw``, in log2."""
     parts: gl.constexpr = BN // BLOCK
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     keys = n + gl.arange(0, BN, gl.SliceLayout(0, S_LAYOUT))

@@ -12,7 +12,7 @@ from ..registration import attention_backward, attention_grads, attention_output
 from . import reference
 
 SCORE_ELEMENTS = 1 << 26
-"""Scores that `oracle_attention_topk` holds at a time (its query chunk is cut to fit)."""
+"""Scores that `oracle_attention_topk`'s portable kernel holds at a time (its query chunk is cut to fit)."""
 
 
 def oracle_attention(
