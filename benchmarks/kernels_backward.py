@@ -391,11 +391,13 @@ def measure(section: str, size: int, table: Any) -> None:
 PLOTTED = {
     "forward": (
         "SDPA flash", "SDPA cuDNN", "oracle with top-k", "oracle with top-k, portable kernel", "FlexAttention",
-        "NSA selected, 32/2 heads", "sparse layer, independent", "sparse layer, as text at 8k", "window",
+        "NSA selected, 32/2 heads", "sparse branch, 32/2 heads", "sparse layer, independent",
+        "sparse layer, as text at 8k", "window",
     ),
     "backward": (
         "SDPA flash backward", "SDPA cuDNN backward", "oracle backward", "FlexAttention backward",
-        "NSA selected backward, 32/2 heads", "sparse layer backward", "window backward",
+        "NSA selected backward, 32/2 heads", "sparse branch backward, 32/2 heads", "sparse layer backward",
+        "window backward",
     ),
 }  # fmt: skip
 
@@ -415,7 +417,7 @@ def plot(sources: Iterable[Path], target: Path) -> None:
                 axes.plot(*zip(*sorted(times[name].items()), strict=True), marker="o", label=name)
         ticks = sorted({length for name in names for length in times.get(name, ())})
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
-        axes.set_title(f"{title}, {found[0]['device']}")
+        axes.set_title(f"{title}, {' and '.join(sorted({table['device'] for table in found}))}")
         axes.set_xticks(ticks, [f"{length // 1024}k" for length in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)

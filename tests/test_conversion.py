@@ -151,6 +151,7 @@ def test_an_unknown_family_is_refused_with_the_list(tmp_path: Path) -> None:
     [
         pytest.param({"num_key_value_heads": 4}, r"0\.self_attn\.k_proj\.weight is \[", id="more KV heads"),
         pytest.param({"intermediate_size": 40}, r"mlp\.gate_proj\.weight is \[", id="narrower MLP"),
+        pytest.param({"num_hidden_layers": 3}, r"hold model\.layers\.3\..* does not know", id="fewer layers"),
         pytest.param({"num_hidden_layers": 5}, r"wants model\.layers\.4\.self_attn\..* lack", id="layers"),
     ],
 )
@@ -162,7 +163,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     config = json.loads((base / "config.json").read_text())
     config.pop("layer_types", None)
     (base / "config.json").write_text(json.dumps(config | changes))
-    plan = "F S0 W F" + " W" * (changes.get("num_hidden_layers", 4) - 4)
+    plan = "F S0" + " W" * (changes.get("num_hidden_layers", 4) - 2)
     with pytest.raises(CheckpointError, match=said):
         convert(base, tmp_path / "out", plan=plan, align_layers=False, device="cpu", **SMALL)
     assert not (tmp_path / "out").exists()

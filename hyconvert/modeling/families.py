@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,22 +72,27 @@ def family_of(model_type: str) -> Family:
 def family_of_base(source: Source) -> Family:
     """The family of a base, once its weights are known to be those that its config describes.
 
-    Builds the base without memory for its weights. Experts are not compared: Transformers stores them otherwise.
+    Builds the base without memory for its weights, and compares names and shapes of the layers and shapes of the rest.
+    Experts are not compared: Transformers stores them otherwise.
 
     Raises:
         UnsupportedModelError: see `family_of`.
         CheckpointError: config and weights contradict each other.
     """
     family = family_of(source.config.model_type)
+    config = copy.deepcopy(source.config)
+    config._attn_implementation = "eager"  # whatever the config names need not be installed
     with torch.device("meta"):
-        wanted = family.load_class("ForCausalLM")(source.config).state_dict()
+        wanted = family.load_class("ForCausalLM")(config).state_dict()
     wrong = []
     for name, tensor in wanted.items():
         shape, found = list(tensor.shape), source.tensors.get(name)
         if found is not None and list(found.shape) != shape:
             wrong.append(f"{name} is {list(found.shape)} in the weights and {shape} by the config")
-        elif found is None and ".self_attn." in name:
+        elif found is None and _compared(name):
             wrong.append(f"the config wants {name}, which the weights lack")
+    surplus = [name for name in source.tensors if name not in wanted and _compared(name)]
+    wrong += [f"the weights hold {name}, of which the config does not know" for name in surplus]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise CheckpointError(
@@ -94,6 +100,11 @@ def family_of_base(source: Source) -> Family:
             "one place"
         )
     return family
+
+
+def _compared(name: str) -> bool:
+    """Whether a base must have a tensor of this name exactly if its config implies it."""
+    return ".layers." in name and ".experts." not in name and not name.endswith("rotary_emb.inv_freq")
 
 
 def base_window(config: Any, layer: int) -> int | None:

@@ -110,8 +110,9 @@ def hopper_tile(ratio: int) -> Tile:
 def hopper_maxima(queries: int, keys: int) -> int:
     """Block maxima, float32, that oracle attention on Hopper holds at a time.
 
-    A round of an H100's tiles takes 2^25 of them at 128k keys and 8 KV heads. Twice as many are faster where both fit
-    easily: where the queries, of so many numbers, weigh as much, and rounds are short.
+    A round of an H100's tiles takes 2^25 of them at 128k keys and blocks of 64; longer ones take what a round needs.
+    Twice as many are faster where they fit easily: where the queries, of so many numbers, weigh as much, and rounds are
+    short.
     """
     return 1 << 26 if keys <= 65536 and queries >= 1 << 27 else 1 << 25
 

@@ -187,20 +187,26 @@ def test_window_attention_merges_the_sparse_branch_in_one_pass():
     torch.testing.assert_close(*results, **TIGHT)
 
 
-@pytest.mark.parametrize("heads", [4, 6])
-def test_value_map_by_tensor_cores_is_the_value_map(heads):
+@pytest.mark.parametrize(
+    ("heads", "dim", "rows"), [(4, 16, 2), (6, 16, 2), (2, 64, 32)], ids=["4 heads", "6 heads", "many rows"]
+)
+def test_value_map_by_tensor_cores_is_the_value_map(heads, dim, rows):
     from hyconvert_kernels.decode import sparse
 
-    q, near, far = normal(2, heads, 1, 16), normal(2, 2, 9, 16, seed=1), normal(2, 2, 80, 16, seed=2)
-    indices = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32, device=DEVICE).expand(2, 2, 2)[:, :, None]
-    offset, start = torch.full((2,), 70, device=DEVICE), torch.tensor([[0], [5]], device=DEVICE)
-    gate, value_map = normal(2, heads, 1, seed=3), normal(heads, 16, 16, seed=4)
+    q, near, far = (
+        normal(rows, heads, 1, dim),
+        normal(rows, 2, 9, dim, seed=1),
+        normal(rows, 2, 80, dim, seed=2),
+    )
+    indices = torch.tensor([[0, 2], [1, -1]], dtype=torch.int32, device=DEVICE).expand(rows, 2, 2)[:, :, None]
+    offset, start = torch.full((rows,), 70, device=DEVICE), torch.arange(rows, device=DEVICE)[:, None] % 2 * 5
+    gate, value_map = normal(rows, heads, 1, seed=3), normal(heads, dim, dim, seed=4)
     outs = []
-    for rows in (1, 16):
+    for per_program in (1, 16):
         out = torch.full_like(q, torch.nan)
         sparse.sparse_decode(
             q, near, near, q, far, far, indices.contiguous(), offset, start, gate, out, block_size=16, window=9,
-            scale=0.3, value_map=value_map, rows_per_program=rows,
+            scale=0.3, value_map=value_map, rows_per_program=per_program,
         )  # fmt: skip
         outs.append(out)
     torch.testing.assert_close(*outs, **TIGHT)

@@ -241,8 +241,9 @@ def sparse_decode(
     if direct:
         return
     mapped = value_map is not None
-    # A program's columns: few where few programs are there, all where many would read the same parts.
-    width = min(padded, 32 if batch < 32 else 128) if mapped else padded
+    # A program's columns: few where few programs are there, all where many would read the same parts, if the map fits.
+    whole = not mapped or (batch >= 32 and padded**2 * q.element_size() <= 1 << 15)
+    width = padded if whole else min(padded, 32)
     per = (rows_per_program or (16 if batch >= 8 else 1)) if mapped else 1
     _sparse_join[(heads * triton.cdiv(dim, width), triton.cdiv(batch, per))](
         part, part_lse, gate, value_map if mapped else q, out, batch, gate.stride(0), gate.stride(1),

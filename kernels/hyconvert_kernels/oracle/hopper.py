@@ -360,6 +360,7 @@ def forward(
     """`forward.forward` of queries ``first`` to ``end``, for inputs that `fits` takes.
 
     ``indices``, int32 ``[B,G,T,topk]`` or None, takes the blocks of largest score, for which no ``scores`` are needed.
+    With either, all T queries have their slots among those of ``k``: ``q_offset + T`` is at most their number.
     ``by_length`` says in which order tiles go, and is None for what suits the size; see `_locate`.
     """
     batch, heads, length, dim = q.shape
@@ -406,8 +407,8 @@ def spans(
 ) -> Iterator[Span]:
     """Queries whose maxima fit into memory at a time, the last ones first.
 
-    Each but the very last, of the shortest tiles, has as many tiles as programs take in whole rounds, if memory is
-    enough for a round.
+    Each but the very last, of the shortest tiles, has about as many tiles as programs take in whole rounds, and never
+    fewer than for one: programs that wait would cost more than its memory.
 
     Args:
         first, end: queries.
@@ -416,12 +417,13 @@ def spans(
         reach: query t sees keys up to slot t + reach.
         block_size: tokens per block.
         programs: that run side by side.
-        most: maxima.
+        most: maxima, but for a round.
     """
     while first < end:
         positions = max(1, triton.cdiv(end + reach, block_size))
         left = triton.cdiv(end - first, queries)
-        tiles = min(left, max(1, most // (lines * ROWS * positions)))
+        room = max(most, programs * ROWS * positions)
+        tiles = min(left, max(1, room // (lines * ROWS * positions)))
         if programs <= tiles * lines and tiles < left:
             tiles = max(1, tiles * lines // programs * programs // lines)
         begin = max(first, end - tiles * queries)

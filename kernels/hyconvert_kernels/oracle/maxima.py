@@ -28,16 +28,25 @@ def _place(OFFSET, START, T, T0, T1, tiles, window, G: tl.constexpr, WQ: tl.cons
 @triton.jit
 def _group_scores(
     MAXIMA, LSE, tile, row, group, t, block, eligible, T, positions,
-    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WQ: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Scores of some blocks ``[N]`` for a query, -inf where they are not eligible."""
-    head = tl.arange(0, RP)
-    real = (head < R) & (eligible > 0)
-    lse = tl.load(LSE + ((row * G + group) * R + head) * T + t, mask=real, other=float("inf"))
-    place = (tile * positions + block[:, None]) * (WQ * RP) + (tl.program_id(0) % WQ * RP + head)[None, :]
-    seen = (block < eligible)[:, None] & real[None, :]
-    logits = tl.load(MAXIMA + place, mask=seen, other=float("-inf")) - (lse * LOG2E)[None, :]
-    return tl.where(block < eligible, tl.exp2(tl.max(logits, 1)), float("-inf"))
+    """Scores of some blocks ``[N]`` for a query, in [0, 1] even if its logits are not numbers; -inf if not eligible."""
+    lses = LSE + (row * G + group) * R * T + t
+    place = MAXIMA + (tile * positions + block) * (WQ * RP) + tl.program_id(0) % WQ * RP
+    if N * RP <= 16384:
+        head = tl.arange(0, RP)
+        real = (head < R) & (eligible > 0)
+        lse = tl.load(lses + head * T, mask=real, other=float("inf"))
+        seen = (block < eligible)[:, None] & real[None, :]
+        logits = tl.load(place[:, None] + head[None, :], mask=seen, other=float("-inf"))
+        best = tl.max(logits - (lse * LOG2E)[None, :], 1)
+    else:  # more than registers take
+        best = tl.full([N], float("-inf"), tl.float32)
+        for head in tl.range(0, R):
+            lse = tl.load(lses + head * T, mask=eligible > 0, other=float("inf"))
+            logits = tl.load(place + head, mask=block < eligible, other=float("-inf"))
+            best = tl.maximum(best, logits - lse * LOG2E)
+    return tl.where(block < eligible, tl.minimum(tl.maximum(tl.exp2(best), 0.0), 1.0), float("-inf"))
 
 
 @triton.jit
@@ -49,7 +58,9 @@ def _scores(
     out = SCORES + ((row * G + group) * SPAN + t - FIRST) * NB
     for c in range(0, NB, N):
         block = c + tl.arange(0, N)
-        found = _group_scores(MAXIMA, LSE, tile, row, group, t, block, eligible, T, positions, G, R, RP, WQ)
+        found = _group_scores(
+            MAXIMA, LSE, tile, row, group, t, block, eligible, T, positions, G, R, RP, WQ, N
+        )
         tl.store(out + block, found, mask=(block < NB) & (t < T1))
 
 
@@ -61,7 +72,7 @@ def _select(
 ):  # fmt: skip
     tile, row, group, t, eligible = _place(OFFSET, START, T, T0, T1, tiles, window, G, WQ, BLOCK)
     block = tl.arange(0, N)
-    found = _group_scores(MAXIMA, LSE, tile, row, group, t, block, eligible, T, positions, G, R, RP, WQ)
+    found = _group_scores(MAXIMA, LSE, tile, row, group, t, block, eligible, T, positions, G, R, RP, WQ, N)
     win, place = select_blocks(found, block < eligible, K, 30)
     out = INDICES + ((row * G + group) * T + t) * K
     tl.store(out + place, block, mask=win)

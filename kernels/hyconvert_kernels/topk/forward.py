@@ -14,9 +14,9 @@ def select_blocks(scores, valid, k, BITS: tl.constexpr, TWO: tl.constexpr = Fals
 
     Args:
         scores: float32 ``[N]``.
-        valid: entries that may win; the others must be -inf.
+        valid: entries that may win.
         k: winners wanted.
-        BITS: 30 if all scores lie in [0, 1], 32 for any float.
+        BITS: 30 if all valid scores lie in [0, 1] (NaN would win beyond k), 32 for any float.
         TWO: with BITS 30, settle two bits per step: half the reductions, for a program that waits for each, at more
             arithmetic, for which many programs would wait.
 
