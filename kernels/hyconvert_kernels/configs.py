@@ -102,9 +102,13 @@ HOPPER_CACHED = 96 << 20
 """Bytes of keys and values of which it takes the tiles by length; of more, line by line. An H100 caches 50 MB."""
 
 
+TILE_ROWS = 128
+"""Rows of a tile of oracle attention on Hopper, queries times heads of a group (a power of two): 64 per warpgroup."""
+
+
 def hopper_tile(ratio: int) -> Tile:
-    """Forward of oracle attention on Hopper: 64 rows for each of two warpgroups, of ``registers`` per thread."""
-    return Tile(128 // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)
+    """Forward of oracle attention on Hopper: `TILE_ROWS` for two warpgroups of ``registers`` per thread."""
+    return Tile(TILE_ROWS // (1 << (ratio - 1).bit_length()), 128, 4, 2, registers=240)
 
 
 def hopper_maxima(queries: int, keys: int) -> int:

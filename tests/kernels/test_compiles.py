@@ -9,11 +9,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hyconvert_kernels.decode import full, sparse
+from hyconvert_kernels.oracle import maxima
 from hyconvert_kernels.step import forward, matvec
 
 def check(kernel, types, early=2, **constants):
     names = [parameter.name for parameter in kernel.params]
-    constants = {"EARLY": early} | constants
+    constants = ({"EARLY": early} if "EARLY" in names else {}) | constants
     constants |= {name: None for name in SCALES if name in names and name not in types}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -49,6 +50,11 @@ parts = {"W_SPLITS": 1, "S_SPLITS": 2, "WP": 1, "SP": 2, "DC": 32, "PREC": "ieee
 for rows in (1, 16):
     check(sparse._sparse_join, decode, early=1, MAPPED=True, MERGE=True, BR=rows, **parts, **join)
 check(sparse._sparse_join, decode, early=1, MAPPED=False, MERGE=True, BR=1, **parts, **join)
+left = decode | dict.fromkeys("MAXIMA LSE SCORES".split(), "*fp32") | {"K": "i32"}
+for heads in (4, 16):  # side by side, and in turn
+    shape = {"G": 2, "R": heads, "RP": heads, "WQ": 64 // heads, "BLOCK": 64}
+    check(maxima._scores, left, N=512, **shape)
+    check(maxima._select, left, N=2048, KP=16, **shape)
 check(forward._add_norm, types, D=96, DP=128, ADD=True, AFTER=False)
 for rows in (1, 16):
     check(matvec._matvec, types, M=rows, BN=16, BK=64, BIASED=True, GATED=True, PREC="ieee", STAGES=2)

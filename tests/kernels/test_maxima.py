@@ -11,8 +11,7 @@ from hyconvert_kernels.oracle.reference import oracle_attention
 from hyconvert_kernels.tiles import LOG2E
 from hyconvert_kernels.topk.reference import block_topk
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted, where there is no GPU")
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKED = [0] * 77 + [77] * 53 + [130] * 70
 
 
@@ -20,7 +19,8 @@ def left_behind(logits, offset, start, span, queries, window, block):
     """Maxima as the kernel lays them out, of logits ``[B,G,R,T,S]`` in log2 units; NaN where it writes nothing."""
     batch, groups, ratio = logits.shape[:3]
     padded, half = 1 << (ratio - 1).bit_length(), queries // 2
-    found = torch.full((batch, groups, span.tiles, 2, span.positions, half, padded), torch.nan)
+    shape = batch, groups, span.tiles, 2, span.positions, half, padded
+    found = torch.full(shape, torch.nan, device=logits.device)
     for row in range(batch):
         for i, t in enumerate(range(span.begin, span.end)):
             edge = int(offset[row]) + t - window + 1  # first slot of the window
@@ -45,15 +45,15 @@ def test_scores_and_blocks_are_the_references(ratio, starts, before, window, mos
     queries, slots = hopper_tile(ratio).queries, length + before
     gen = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(batch, n, size, dim, generator=gen)
+        torch.randn(batch, n, size, dim, generator=gen).to(DEVICE)
         for n, size in ((groups * ratio, length), (groups, slots), (groups, slots))
     )
-    offset, start = torch.tensor([before]), torch.tensor([starts])
+    offset, start = torch.tensor([before], device=DEVICE), torch.tensor([starts], device=DEVICE)
     settings = {"block_size": block, "window": window, "scale": dim**-0.5}
     _, lse, want = oracle_attention(q.double(), k.double(), v.double(), offset, start, **settings)
     logits = torch.einsum("bghtd,bgsd->bghts", q.view(batch, groups, ratio, length, dim), k) * dim**-0.5
     scores = torch.full_like(want, torch.nan, dtype=torch.float32)
-    indices = torch.full((batch, groups, length, topk), -7, dtype=torch.int32)
+    indices = torch.full((batch, groups, length, topk), -7, dtype=torch.int32, device=DEVICE)
     reach = slots - length - window
     spans = list(hopper.spans(0, length, queries, batch * groups, reach, block, programs=4, most=most))
     for span in spans:
@@ -70,15 +70,16 @@ def test_scores_and_blocks_are_the_references(ratio, starts, before, window, mos
 def read_one_tile(ratio, positions, lse_of, topk=4, block=64):
     """Blocks of one tile's queries, which see all of ``positions`` random maxima, and the scores they should have."""
     queries = hopper_tile(ratio).queries
-    padded, offset = 1 << (ratio - 1).bit_length(), torch.tensor([(positions - 1) * block + 1])
+    padded, offset = 1 << (ratio - 1).bit_length(), torch.tensor([(positions - 1) * block + 1], device=DEVICE)
     gen = torch.Generator().manual_seed(1)
-    left = torch.randn(1, 2, positions, queries // 2, padded, generator=gen)
-    lse = lse_of(torch.full((1, ratio, queries), 3.0))
-    guarded = torch.full((queries + 40, topk), -7, dtype=torch.int32)
+    left = torch.randn(1, 2, positions, queries // 2, padded, generator=gen).to(DEVICE)
+    lse = lse_of(torch.full((1, ratio, queries), 3.0, device=DEVICE))
+    start = torch.zeros(1, queries, dtype=torch.int64, device=DEVICE)
+    guarded = torch.full((queries + 40, topk), -7, dtype=torch.int32, device=DEVICE)
     indices = guarded[:queries].view(1, 1, queries, topk)
     maxima.read(
-        left, lse, offset, torch.zeros(1, queries, dtype=torch.int64), None, indices, first=0, begin=0, end=queries,
-        tiles=1, positions=positions, queries=queries, ratio=ratio, window=1, block_size=block,
+        left, lse, offset, start, None, indices, first=0, begin=0, end=queries, tiles=1, positions=positions,
+        queries=queries, ratio=ratio, window=1, block_size=block,
     )  # fmt: skip
     assert bool((guarded[queries:] == -7).all())
     logits = left.permute(0, 1, 3, 4, 2).reshape(queries, padded, positions)[:, :ratio]
@@ -98,7 +99,7 @@ def test_what_is_not_a_number_chooses_few_blocks_and_only_its_own():
         return lse
 
     indices, scores = read_one_tile(2, 50, spoilt)
-    fine = torch.arange(len(indices)) != 3
+    fine = torch.arange(len(indices), device=DEVICE) != 3
     assert torch.equal(indices[fine].long(), scores[fine].topk(4).indices.sort(-1).values)
     assert indices[3].tolist() == [0, 1, 2, 3]
 
@@ -115,8 +116,8 @@ def test_spans_cover_all_queries_once_in_whole_rounds(lines, first, most):
         assert span.tiles == -(-(span.end - span.begin) // queries)
         assert span.positions >= (span.end - 1 + 110_000) // 64 + 1
         if span.tiles > 1:
-            room = max(most, programs * span.positions * hopper.ROWS)
-            assert span.tiles * span.positions * lines * hopper.ROWS <= room
+            room = max(most, programs * span.positions * hopper.TILE_ROWS)
+            assert span.tiles * span.positions * lines * hopper.TILE_ROWS <= room
     for span in spans[:-1]:
         rounds = span.tiles * lines / programs
         assert rounds > 1 - lines / programs

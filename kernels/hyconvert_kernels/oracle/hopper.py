@@ -23,13 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..configs import HOPPER_CACHED, hopper_maxima, hopper_tile, processors, strides
+from ..configs import HOPPER_CACHED, TILE_ROWS, hopper_maxima, hopper_tile, processors, strides
 from ..hopper import barrier, barriers, bulk_strides, bulk_tiles, capable, fetch
 from ..tiles import FAR, LN2
 from .maxima import read
-
-ROWS = 128
-"""Rows of a tile: queries times heads of a group, 64 for each warpgroup."""
 
 
 @gluon.jit
@@ -377,7 +374,7 @@ def forward(
         most = hopper_maxima(q.numel(), end + reach)
         parts = list(spans(first, end, tile.queries, lines, reach, block_size, processors(device), most))
     size = max(part.tiles * part.positions for part in parts)
-    maxima = torch.empty(max(1, lines * size * ROWS), dtype=torch.float32, device=device)
+    maxima = torch.empty(max(1, lines * size * TILE_ROWS), dtype=torch.float32, device=device)
     for part in parts:
         total = lines * part.tiles
         _hopper_forward[(min(total, processors(device)),)](
@@ -422,8 +419,8 @@ def spans(
     while first < end:
         positions = max(1, triton.cdiv(end + reach, block_size))
         left = triton.cdiv(end - first, queries)
-        room = max(most, programs * ROWS * positions)
-        tiles = min(left, max(1, room // (lines * ROWS * positions)))
+        room = max(most, programs * TILE_ROWS * positions)
+        tiles = min(left, max(1, room // (lines * TILE_ROWS * positions)))
         if programs <= tiles * lines and tiles < left:
             tiles = max(1, tiles * lines // programs * programs // lines)
         begin = max(first, end - tiles * queries)
