@@ -63,6 +63,8 @@ class Pass:
         padded: whether any row has padding.
         at: of a prompt's pass, the slot that `offset` holds; tokens before it have gone through all layers.
         ends: whether the pass holds the prompts' last tokens.
+        last: [1] int64, index of the prompts' last token where others fill up the pass behind it, which then holds
+            whole prompts; None for the pass's last one.
         selected: by full layer.
         implementation: of the kernels.
         select: puts other block indices [B, G, T, K] in the place of a layer's own, which begin at slot `at`, to time a
@@ -78,10 +80,17 @@ class Pass:
     padded: bool = False
     at: int = 0
     ends: bool = True
+    last: Tensor | None = None
     selected: dict[int, Selected] = field(default_factory=dict)
     implementation: str | None = None
     select: Callable[[Tensor, int], Tensor] | None = None
     dense: DenseWay | None = None
+
+    def at_end(self, x: Tensor, dim: int) -> Tensor:
+        """What x has for the prompts' last token; one entry along `dim`."""
+        if self.last is None:
+            return x.narrow(dim, x.shape[dim] - 1, 1).contiguous()
+        return x if x.shape[dim] == 1 else x.index_select(dim, self.last)
 
 
 def attend(
@@ -243,6 +252,9 @@ def _prefill(
         k, v = (x.new_empty(keys.shape[0], block.groups, kept + length, block.dim) for _ in "kv")
         q, query = _queries(block, fused, k, v, near_by, False)
         for ring, joined in ((keys, k), (values, v)):
+            if now.last is not None:
+                ring.copy_(joined.index_select(2, _ring_tokens(size, now.last)))
+                continue
             joined[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
             _fill_ring(ring, joined, shift)
     gate = None
@@ -253,8 +265,8 @@ def _prefill(
     if last_only and not now.ends:
         return q[:, :, -1:]  # nobody wants it
     if block.kind == "full" and last_only and not block.scored:
-        one = now.offset + (length - 1), now.start[:, -1:]
-        return oracle_attention(q[:, :, -1:], k, v, *one, with_scores=False, **settings)[0]
+        one = now.offset + (length - 1 if now.last is None else now.last), now.at_end(now.start, 1)
+        return oracle_attention(now.at_end(q, 2), k, v, *one, with_scores=False, **settings)[0]
     if block.kind == "full":
         return _prefill_full(network, index, q, k, v, now, settings)
     near = {key: settings[key] for key in ("window", "scale", "implementation")}
@@ -308,6 +320,12 @@ def _mix(
 ) -> Tensor:
     out: Tensor = block.attention.gate(x, *near, *far, implementation=now.implementation)
     return out
+
+
+def _ring_tokens(size: int, last: Tensor) -> Tensor:
+    """[size] int64: which token a ring holds in each of its slots after token `last` [1]; 0 where it holds none yet."""
+    slots = torch.arange(size, device=last.device)
+    return (last - (last - slots) % size).clamp(min=0)
 
 
 def _fill_ring(ring: Tensor, x: Tensor, first: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from hyconvert.errors import HyconvertError
 from hyconvert.generation.attention import DenseWay, Pass, attend
 from hyconvert.generation.caches import Caches
-from hyconvert.generation.network import Network, Norm, read_network
+from hyconvert.generation.network import FusedMlp, Network, Norm, read_network
 from hyconvert.generation.sampling import Sampling
 from hyconvert_kernels import add_norm
 
@@ -20,6 +21,9 @@ PASS_TOKENS = 32_768
 """Most tokens of prompts that pass through the layers at a time."""
 PASS_ELEMENTS = 1 << 25
 """Most numbers in such a pass's hidden states, of which a layer needs a dozen times as much: 8,192 tokens of 4,096."""
+GRAPH_PRODUCTS = 10**11
+"""Prompts are read by a CUDA graph up to so many multiplications in the weights of one layer. That is about half a
+millisecond of an H100, for which launching a layer's kernels one by one takes as long."""
 
 
 class Decoder:
@@ -38,7 +42,7 @@ class Decoder:
         pad: what follows the end.
         kv_dtype: "fp8" keeps the long caches (full and reuse layers) in float8_e4m3fn, with a scale per token and KV
             head; None is the model's dtype.
-        graph: capture steps in a CUDA graph; None means where there is a GPU.
+        graph: capture steps, and prompts that are short for the model, in CUDA graphs; None means where there is a GPU.
         implementation: "triton", "reference", or None for whichever runs on the model's device.
 
     Raises:
@@ -89,6 +93,8 @@ class Decoder:
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None
+        self._prompts: dict[tuple[int, bool], GraphedPrompts] = {}
+        self._pool: Any = None
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -126,9 +132,15 @@ class Decoder:
         self.finished.zero_()
         ids = input_ids.to(device)
         rows = max(1, self.pass_tokens // length)
-        logits = torch.cat(
-            [self._read(ids[at : at + rows], slice(at, at + rows), padded) for at in range(0, batch, rows)]
-        )
+        if self.reads_by_graph(length):
+            logits = self._read_graphed(ids, padded)
+        else:
+            logits = torch.cat(
+                [
+                    self._read(ids[at : at + rows], slice(at, at + rows), padded)
+                    for at in range(0, batch, rows)
+                ]
+            )
         self.logits = logits
         self._emit(self.sampling.choose(logits))
         return logits
@@ -156,6 +168,20 @@ class Decoder:
     def pass_tokens(self) -> int:
         """Tokens of prompts that pass through the layers at a time: several rows, or a piece of a long one."""
         return max(1, min(PASS_TOKENS, PASS_ELEMENTS // self.network.embedding.shape[1]))
+
+    def reads_by_graph(self, length: int) -> bool:
+        """Whether prompts of `length` tokens are read by a CUDA graph: in one pass, which launching would hold up."""
+        blocks = self.network.blocks
+        tokens = self.batch * prompt_room(length, self.max_length)
+        if not self.graphed or self.select is not None or length < 2 or tokens > self.pass_tokens:
+            return False
+        if not all(isinstance(block.mlp, FusedMlp) for block in blocks):
+            return False  # what transformers does with experts may wait for the GPU
+        weights = sum(
+            weight.numel() for block in blocks
+            for weight in (block.inputs.weight, block.output.weight, *block.mlp.weights())
+        )  # fmt: skip
+        return tokens * weights <= GRAPH_PRODUCTS * len(blocks)
 
     def assume(self, length: int, seed: int = 0) -> None:
         """Fill the caches with random numbers as if prompts of `length` tokens had been read, to time what follows.
@@ -269,6 +295,45 @@ class Decoder:
             logits = self._run(piece, rows, now)
         return logits
 
+    def _read_graphed(self, ids: Tensor, padded: bool) -> Tensor:
+        """Logits [B, V] after prompts of all rows, by the graph for prompts of about their length.
+
+        The first such prompts are read without one, and the second capture it.
+        """
+        length = ids.shape[1]
+        room = prompt_room(length, self.max_length)
+        known = self._prompts.get((room, padded))
+        if known is None:
+            known = GraphedPrompts(ids.new_zeros(self.batch, room), ids.new_zeros(1))
+            self._prompts[room, padded] = known
+        known.ids[:, :length] = ids
+        known.last.fill_(length - 1)
+        if known.graph is None and known.seen:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                known.logits = self._read_filled(known.ids, known.last, padded)
+            known.graph = graph
+        known.seen = True
+        if known.graph is None:
+            return self._read_filled(known.ids, known.last, padded)
+        known.graph.replay()
+        assert known.logits is not None
+        return known.logits.clone()
+
+    def _read_filled(self, ids: Tensor, last: Tensor, padded: bool) -> Tensor:
+        """Logits [B, V] after prompts of all rows, which end with the token `last` [1] of ids [B, T].
+
+        What is behind it fills up: no earlier token attends to it, and decoding overwrites it. With `last` on the GPU
+        this is the same work for all prompts of up to T tokens.
+        """
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        now = Pass(
+            torch.zeros_like(self.first), self.first, torch.minimum(self.first[:, None], slots).contiguous(),
+            self.cos, self.sin, padded, last=last, implementation=self.implementation,
+        )  # fmt: skip
+        return self._run(ids, slice(None), now)
+
     def _run(self, ids: Tensor, rows: slice, now: Pass) -> Tensor:
         """Logits [b, V] of the last of ids [b, T]; of a pass that does not end its prompts nothing, [b, 0]."""
         network = self.network
@@ -287,7 +352,7 @@ class Decoder:
             if index == last and not now.ends:
                 return out.new_empty(len(ids), 0)
             if index == last:  # nothing but the last token is wanted from here on
-                out, residual = out[:, -1:].contiguous(), residual[:, -1:].contiguous()
+                out, residual = now.at_end(out, 1), now.at_end(residual, 1)
             x, residual = self._norm(out, residual, block.between)
             del out  # of a long prompt as large as x
             x = block.mlp(x)
@@ -342,6 +407,31 @@ class Decoder:
     def forget_graph(self) -> None:
         """Capture anew at the next step, after `dense` was changed."""
         self._graph = None
+
+
+@dataclass
+class GraphedPrompts:
+    """A graph that reads prompts of up to T tokens.
+
+    Attributes:
+        ids: [B, T] int64, its input.
+        last: [1] int64, its input: index of the prompts' last token.
+        logits: [B, V], its output, which its next prompts overwrite.
+        graph: once it is captured.
+        seen: whether such prompts have been read, so that their kernels are compiled.
+    """
+
+    ids: Tensor
+    last: Tensor
+    logits: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+    seen: bool = False
+
+
+def prompt_room(length: int, most: int) -> int:
+    """Tokens of the graph that reads prompts of `length`, at most an eighth more: few graphs serve all lengths."""
+    step = 1 << max(4, length.bit_length() - 4)
+    return min(most, -(-length // step) * step)
 
 
 @functools.cache

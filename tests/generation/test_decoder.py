@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hyconvert.errors import HyconvertError, UnsupportedModelError
 from hyconvert.generation import Decoder, Sampling, generate
-from hyconvert.generation.decoder import PASS_ELEMENTS
+from hyconvert.generation.decoder import PASS_ELEMENTS, prompt_room
 from hyconvert.generation.network import read_network
 from hyconvert.kv import base_kv_bytes, kv_bytes
 from hyconvert_kernels.configs import HOPPER_ROWS
@@ -123,6 +123,71 @@ def test_a_decoder_serves_prompt_after_prompt() -> None:
     for length in (40, 9, 21):
         ids = tokens(3, length, seed=length)
         assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
+
+
+class FilledUp(Decoder):
+    """Reads prompts as a CUDA graph does, filled up to the room that it has, without a GPU."""
+
+    def _read(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
+        length = ids.shape[1]
+        room = prompt_room(length, self.max_length)
+        filled = torch.cat([ids, tokens(len(ids), room, seed=room)[:, length:]], 1)
+        return self._read_filled(filled, torch.tensor([length - 1]), padded)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "fp8"])
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        (None, {}),
+        ("F S0 R0 W F S4 F", {}),
+        ("F S0 R0 W F S4 W", {"gate": "sigmoid", "maps": True, "sinks": True}),
+        ("W F S1 R1 S1 F S5", {"block_size": 1, "topk": 5, "window": 2}),
+        ("F S0*6", {"window": 40}),
+    ],
+    ids=str,
+)
+def test_prompts_filled_up_to_a_graphs_room_are_read_as_they_are(
+    line: str | None, settings: dict[str, Any], kv_dtype: str | None
+) -> None:
+    model = base_model("qwen3") if line is None else mixed_model(line=line, **settings)
+    options: dict[str, Any] = {"batch": 3, "max_length": 90, "kv_dtype": kv_dtype}
+    plain, filled = Decoder(model, **options), FilledUp(model, **options)
+    for length in (PROMPT, 16, 2, 70):  # a longer one again, so that the cache holds others' keys and values
+        for mask in (None, padded(3, length)[1] if length > 20 else None):
+            ids = tokens(3, length, seed=length)
+            torch.testing.assert_close(filled.prefill(ids, mask), plain.prefill(ids, mask))
+            for _ in range(NEW):
+                fed = plain.token[:, 0].clone()
+                torch.testing.assert_close(filled.feed(fed), plain.feed(fed))
+
+
+def test_few_graphs_have_room_for_prompts_of_all_lengths() -> None:
+    for length in range(1, 9000):
+        room = prompt_room(length, 8192)
+        assert min(length, 8192) <= room <= min(8192, max(16, length * 9 / 8 + 16))
+    assert len({prompt_room(length, 8192) for length in range(1, 8193)}) < 80
+    assert prompt_room(8192, 8192) == 8192
+
+
+def test_only_prompts_that_launching_would_hold_up_are_read_by_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = Decoder(mixed_model(), batch=2, max_length=64)
+    assert not decoder.reads_by_graph(30), "there is no GPU"
+    decoder.graphed = True
+    assert decoder.reads_by_graph(30)
+    decoder.select = lambda indices, at: indices
+    assert not decoder.reads_by_graph(30)
+    decoder.select = None
+    monkeypatch.setattr("hyconvert.generation.decoder.GRAPH_PRODUCTS", 1000)
+    assert not decoder.reads_by_graph(30)
+    monkeypatch.undo()
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 63)
+    assert not decoder.reads_by_graph(30), "two rows with room for 32 tokens each pass one after the other"
+    experts = Decoder(mixed_model("qwen3_moe"), batch=1, max_length=64)
+    experts.graphed = True
+    assert not experts.reads_by_graph(30)
 
 
 def test_rows_that_are_read_one_after_the_other_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +363,7 @@ def test_a_fed_token_gives_its_own_logits_from_a_graph_after_a_second_prompt(
         decoder.logits = decoder._graph.logits  # type: ignore[union-attr]
 
     monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(Decoder, "reads_by_graph", lambda *_: False)
     model = mixed_model()
     plain, graphed = (
         Decoder(model, batch=1, max_length=PROMPT + NEW, graph=graph) for graph in (False, True)
