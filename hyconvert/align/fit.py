@@ -6,7 +6,8 @@ base's attention weights over the selected keys. Each fit reads a sample of quer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from hyconvert.align.solve import quadratic_map, ridge
 from hyconvert.align.walk import LayerVisit
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.state import OracleState
+
+MOST_MAP_ROWS = 16_384
+MOST_ROWS = 65_536
+"""Most rows that query maps, and all the rest, are fitted on; more hardly help (docs/alignment.md)."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,10 @@ class FitSettings:
         uniform: share of a uniform weight over the selected keys, mixed into the base's attention weights.
         query_ridge, value_ridge, gate_ridge, output_ridge: ridge strengths, as shares of the mean diagonal.
         gate_weight: fit the gate's input-dependent part too, not the bias alone.
+        gate_steps: Gauss-Newton steps on the mixed output's error, after the fit of the mass outside the window.
         refit_output: refit the output projection.
+        compensation: how much of a second fit of output projections is applied, by which they make up for what earlier
+            converted layers have changed (`compensate.py`); 0 leaves that out.
         seed: of the row sample.
     """
 
@@ -39,8 +47,15 @@ class FitSettings:
     gate_ridge: float = 1e-1
     output_ridge: float = 1e-2
     gate_weight: bool = True
+    gate_steps: int = 2
     refit_output: bool = True
+    compensation: float = 0.75
     seed: int = 0
+
+    def suited(self, sequences: int) -> FitSettings:
+        """With fewer rows per sequence where there are many of them: all are held at a time."""
+        map_rows, rows = (max(1, most // max(1, sequences)) for most in (MOST_MAP_ROWS, MOST_ROWS))
+        return replace(self, map_rows=min(self.map_rows, map_rows), rows=min(self.rows, rows))
 
 
 @dataclass
@@ -239,44 +254,83 @@ class ValueMapFit:
         ).float()
 
 
-class GateFit:
-    """b_h and u_h: predict log-sum-exp outside the window minus log-sum-exp of the sparse branch from x.
+def fit_gate(
+    rows: Sequence[Rows], sparse: Sequence[SparseRows], value_map: Tensor | None, settings: FitSettings
+) -> tuple[Tensor, Tensor]:
+    """u_h and b_h of the merge gate, so that it mixes the branches into the base's output.
 
-    Weighted by (m (1 - m))^2, the squared sensitivity of the mixing share m to the gate's logit.
+    The start predicts log-sum-exp outside the window minus that of the sparse branch from x, weighted by
+    (m (1 - m))^2, the squared sensitivity of the mixing share m to the gate's logit. Gauss-Newton steps then minimise
+    the squared error of the mixed output itself: a sparse branch that is not quite right deserves less than the
+    base's share.
+
+    Args:
+        rows, sparse: of each sequence.
+        value_map: [H, d, d] that the sparse branch's output passes through, or None.
+        settings: ridge, steps, and whether there is a part that depends on x.
+
+    Returns:
+        u [H, D] and b [H], float32.
     """
+    x = torch.cat([r.x for r in rows])
+    parts = [_mixing(r, s, value_map) for r, s in zip(rows, sparse, strict=True)]
+    offset, gap, mass, want, energy = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    slopes, biases = [], []
+    for head in range(len(gap)):
+        u, b = _weighted_ridge(x, gap[head], mass[head], settings)
+        for _ in range(settings.gate_steps):
+            u, b = _gate_step(x, offset[head], want[head], energy[head], u, b, settings)
+        slopes.append(u)
+        biases.append(b)
+    return torch.stack(slopes), torch.stack(biases)
 
-    def __init__(self, settings: FitSettings) -> None:
-        self.settings = settings
-        self.x: list[Tensor] = []
-        self.gap: list[Tensor] = []
-        self.weight: list[Tensor] = []
 
-    def add(self, rows: Rows, sparse: SparseRows) -> None:
-        """Take in one sequence's rows."""
-        weight = (rows.mass * (1 - rows.mass)).square()
-        gap = rows.lse_o - sparse.lse
-        usable = gap.isfinite()
-        self.x.append(rows.x)
-        self.gap.append(gap.masked_fill(~usable, 0))
-        self.weight.append(weight.masked_fill(~usable, 0))
+def _mixing(rows: Rows, sparse: SparseRows, value_map: Tensor | None) -> tuple[Tensor, ...]:
+    """Of each row, [H, n]: the gate's logit but for b + u x, the gap to predict and its weight, the share a of the
+    sparse branch with which a o_s + (1 - a) o_w comes closest to the base's output, and what an error of a costs."""
+    out = sparse.out if value_map is None else torch.einsum("hnd,hed->hne", sparse.out, value_map)
+    usable = sparse.lse.isfinite() & rows.lse_w.isfinite() & rows.lse_o.isfinite()
+    offset = (sparse.lse - rows.lse_w).masked_fill(~usable, 0)
+    gap = (rows.lse_o - sparse.lse).masked_fill(~usable, 0)
+    sensitivity = (rows.mass * (1 - rows.mass)).square().masked_fill(~usable, 0)
+    apart, wanted = out - rows.out_w, rows.mass[..., None] * (rows.out_o - rows.out_w)
+    energy = apart.square().sum(-1).masked_fill(~usable, 0)
+    want = (apart * wanted).sum(-1).masked_fill(~usable, 0) / energy.clamp(min=1e-12)
+    return offset, gap, sensitivity, want, energy
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """u [H, D] and b [H], float32."""
-        x, gap, weight = torch.cat(self.x), torch.cat(self.gap, 1), torch.cat(self.weight, 1)
-        total = weight.sum(1).clamp(min=1e-9)
-        bias = (weight * gap).sum(1) / total
-        if not self.settings.gate_weight:
-            return torch.zeros(gap.shape[0], x.shape[1], device=x.device), bias
-        slopes = []
-        for head in range(gap.shape[0]):
-            w = weight[head][:, None]
-            mean = (w * x).sum(0) / total[head]
-            centred = x - mean
-            gram, cross = (w * centred).mT @ centred, (w[:, 0] * (gap[head] - bias[head]))[None] @ centred
-            slope = ridge(gram, cross, self.settings.gate_ridge)[0].float()
-            slopes.append(slope)
-            bias[head] = bias[head] - slope @ mean
-        return torch.stack(slopes), bias
+
+def _gate_step(
+    x: Tensor, offset: Tensor, want: Tensor, energy: Tensor, u: Tensor, b: Tensor, settings: FitSettings
+) -> tuple[Tensor, Tensor]:
+    """One step for one head, shortened where the whole one does not help."""
+    slope = x @ u
+    share = torch.sigmoid(offset + b + slope)
+    steep = (share * (1 - share)).clamp(min=1e-4)
+    aim = ((want - share) / steep + slope).clamp(-20, 20)
+    new_u, change = _weighted_ridge(x, aim, energy * steep.square(), settings)
+    lengths = torch.tensor([0.0, 0.125, 0.25, 0.5, 1.0], device=x.device)
+    turn = x @ new_u - slope
+    errors = torch.stack(
+        [
+            (energy * (torch.sigmoid(offset + b + slope + t * (change + turn)) - want).square()).sum()
+            for t in lengths
+        ]
+    )
+    t = lengths[errors.argmin()]
+    return u + t * (new_u - u), b + t * change
+
+
+def _weighted_ridge(x: Tensor, y: Tensor, weight: Tensor, settings: FitSettings) -> tuple[Tensor, Tensor]:
+    """u [D] and b with u x + b near y [n]; b carries no ridge."""
+    total = weight.sum().clamp(min=1e-9)
+    level = (weight * y).sum() / total
+    if not settings.gate_weight:
+        return torch.zeros_like(x[0]), level
+    mean = (weight[:, None] * x).sum(0) / total
+    centred = x - mean
+    weighted = weight[:, None] * centred
+    u = ridge(weighted.mT @ centred, (y - level)[None] @ weighted, settings.gate_ridge)[0].float()
+    return u, level - u @ mean
 
 
 class OutputFit:

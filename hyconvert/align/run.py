@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hyconvert.align.compensate import Compensation
 from hyconvert.align.fit import (
     FitSettings,
-    GateFit,
     OutputFit,
     QueryMapFit,
     Rows,
     SparseRows,
     ValueMapFit,
+    fit_gate,
     read_rows,
     read_sparse,
     sample_rows,
 )
 from hyconvert.align.walk import LayerVisit, LayerWalk
-from hyconvert.modeling.attention import with_sink
+from hyconvert.modeling.attention import HyConvertAttention, with_sink
 from hyconvert.modeling.gates import MergeGate, SigmoidGate
 from hyconvert.modeling.state import OracleState
 
@@ -40,6 +41,8 @@ class LayerFit:
             alignment, 1 - squared error / energy; None for window layers.
         error: squared error of the layer's attention output as a share of the base's energy, after alignment.
         error_before_refit: the same before the output projection was refitted.
+        compensated: share of what the residual stream lacked behind this layer that the output projection makes up for
+            since, by cross-validation; None where that was not tried.
     """
 
     layer: int
@@ -49,6 +52,7 @@ class LayerFit:
     explained: float | None
     error: float
     error_before_refit: float
+    compensated: float | None = None
 
 
 def align(
@@ -68,15 +72,20 @@ def align(
     Returns:
         One `LayerFit` per converted layer.
     """
-    settings = settings or FitSettings()
+    settings = (settings or FitSettings()).suited(len(tokens))
     plan = model.config.get_plan()
     walk = LayerWalk(model, tokens, plan.sources)
+    compensation = Compensation(model, tokens, settings.compensation) if settings.compensation else None
     fits: list[LayerFit] = []
     for visit in walk:
         fit = None
         if plan.layers[visit.index].kind in ("sparse", "reuse", "window"):
             oracles = walk.oracle_states.get(plan.layers[visit.index].source, [])
             fit = align_layer(visit, oracles, settings)
+        if compensation is not None:
+            gained = compensation.follow(visit, refit=fit is not None and settings.refit_output)
+            fit = fit and replace(fit, compensated=gained)
+        if fit is not None:
             fits.append(fit)
         if on_layer:
             on_layer(visit.index, fit)
@@ -143,7 +152,7 @@ def align_layer(
         attention.query_map.copy_(fit.solve())
     query_map = attention.query_map.float() if attention.query_map is not None else None
     samples: list[_Sample] = []
-    values, gate = ValueMapFit(settings), GateFit(settings)
+    values = ValueMapFit(settings)
     for sequence in range(count):
         rows = reader(sequence, settings.rows)
         sparse = None
@@ -151,13 +160,12 @@ def align_layer(
             oracle = oracles[sequence] if reads_source else _own_oracle(visit, sequence, oracles[sequence])
             sparse = read_sparse(attention, rows, oracle, query_map, visit.rope)
             values.add(rows, sparse)
-            gate.add(rows, sparse)
         light = replace(rows, logits=torch.empty(0), outside=torch.empty(0))  # without the large part
         samples.append(_Sample(light, sparse))
     if attention.value_map is not None:
         attention.value_map.copy_(values.solve())
     if reads_source or isinstance(getattr(attention, "gate", None), SigmoidGate):
-        _set_gate(attention.gate, gate, samples)
+        _set_gate(attention, samples, settings)
     return _refit_output(visit, samples, settings)
 
 
@@ -167,9 +175,12 @@ def _own_oracle(visit: LayerVisit, sequence: int, source: OracleState) -> Oracle
     return OracleState(attention.rotate(k, visit.rope) if attention.use_rope else k, v, source.indices)
 
 
-def _set_gate(gate: Any, fit: GateFit, samples: list[_Sample]) -> None:
+def _set_gate(attention: HyConvertAttention, samples: list[_Sample], settings: FitSettings) -> None:
+    gate: Any = attention.gate
     if isinstance(gate, MergeGate):
-        weight, bias = fit.solve()
+        value_map = None if attention.value_map is None else attention.value_map.float()
+        sparse = [sample.sparse for sample in samples if sample.sparse is not None]
+        weight, bias = fit_gate([sample.rows for sample in samples], sparse, value_map, settings)
         gate.weight.copy_(weight)
         gate.bias.copy_(bias)
     elif isinstance(gate, SigmoidGate):

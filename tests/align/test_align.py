@@ -1,6 +1,7 @@
 """Alignment lowers the error of every layer, and finds an exact answer where there is one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from hyconvert.align import FitSettings, LayerWalk, align, align_layer
-from hyconvert.align.fit import read_rows, read_sparse
+from hyconvert.align.compensate import Compensation
+from hyconvert.align.fit import MOST_MAP_ROWS, MOST_ROWS, fit_gate, read_rows, read_sparse
 from hyconvert.modeling import HyConvertConfig, HyConvertForCausalLM
 from hyconvert.plan import Plan, parse_line
 
@@ -112,3 +114,101 @@ def test_a_layer_that_reads_its_own_twin_needs_no_map(tiny_base: Callable[..., P
         error = (exact.out - mapped.out).square().sum() / exact.out.square().sum()
         assert error < 1e-2
         assert fit.explained is not None and fit.explained > 0.8
+
+
+def _gate_samples(attention: Any, visit: Any, oracles: Any) -> tuple[list[Any], list[Any]]:
+    rows = [read_rows(visit, i, torch.arange(20, 128), 16) for i in range(len(visit.inputs))]
+    return rows, [read_sparse(attention, r, o, None, visit.rope) for r, o in zip(rows, oracles, strict=True)]
+
+
+def test_gate_steps_bring_the_mixed_output_closer_to_the_base(tiny_base: Callable[..., Path]) -> None:
+    model = _converted(tiny_base("llama"), "F S0 F F")
+    walk = LayerWalk(model, _tokens(6), frozenset({0}))
+    for visit in walk:
+        if visit.index == 1:
+            break
+    rows, sparse = _gate_samples(visit.attention, visit, walk.oracle_states[0])
+
+    def error(steps: int, **changes: Any) -> float:
+        u, b = fit_gate(rows, sparse, None, replace(SETTINGS, gate_steps=steps, **changes))
+        total = 0.0
+        for r, s in zip(rows, sparse, strict=True):
+            share = torch.sigmoid(s.lse - r.lse_w + b[:, None] + u @ r.x.mT)[..., None].nan_to_num()
+            mixed = share * s.out + (1 - share) * r.out_w
+            wanted = r.mass[..., None] * r.out_o + (1 - r.mass[..., None]) * r.out_w
+            total += float((mixed - wanted).square().sum())
+        return total
+
+    errors = [error(steps) for steps in (0, 1, 2, 4)]
+    assert errors[0] > errors[1] > errors[2] >= errors[3]
+    assert error(2, gate_weight=False) < error(0, gate_weight=False)
+
+
+def test_a_window_without_keys_outside_it_leaves_gates_finite(tiny_base: Callable[..., Path]) -> None:
+    model = _converted(tiny_base("llama"), "F S0 W F")
+    align(model, _tokens(3, 16), FitSettings())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_output_projections_make_up_for_earlier_layers(tiny_base: Callable[..., Path], family: str) -> None:
+    """Behind the last converted layer the residual stream is closer to the base's, on unseen text."""
+    base, line = tiny_base(family), "F S0 W S0"
+    models = {share: _converted(base, line) for share in (0.0, 1.0)}
+    fits = {
+        share: align(model, _tokens(96), replace(SETTINGS, compensation=share))
+        for share, model in models.items()
+    }
+    heldout = torch.randint(3, 120, (4, 128), generator=torch.Generator().manual_seed(1))
+    reference = _converted(base, "F*4").model(heldout).last_hidden_state
+    errors = {
+        share: float((model.model(heldout).last_hidden_state - reference).square().mean())
+        for share, model in models.items()
+    }
+    assert all(fit.compensated is None for fit in fits[0.0])
+    if family == "olmo2":  # it normalises what attention puts out
+        assert all(fit.compensated is None for fit in fits[1.0])
+        assert errors[1.0] == errors[0.0]
+    else:
+        gained = [fit.compensated for fit in fits[1.0]]
+        assert None not in gained
+        assert errors[1.0] < errors[0.0] if any(gained) else errors[1.0] == errors[0.0]
+        assert any(gained) or family != "llama"  # little is to be gained in models of random weights
+
+
+def test_full_layers_and_the_base_stay_as_they_are(tiny_base: Callable[..., Path]) -> None:
+    model, untouched = (_converted(tiny_base("llama"), "F S0 W F") for _ in "ab")
+    align(model, _tokens(8), SETTINGS)
+    changed = {
+        name for (name, mine), theirs in zip(model.named_parameters(), untouched.parameters(), strict=True)
+        if not torch.equal(mine, theirs)
+    }  # fmt: skip
+    assert not {
+        name for name in changed if ".layers.0." in name or ".layers.3." in name or ".layers.5." in name
+    }
+    assert {name for name in changed if "layers.2." in name} == {"model.layers.2.self_attn.o_proj.weight"}
+
+
+def test_one_sequence_or_no_gain_leaves_output_projections(tiny_base: Callable[..., Path]) -> None:
+    one, other = (_converted(tiny_base("llama"), "F S0 W F") for _ in "ab")
+    fits = align(one, _tokens(1), SETTINGS)
+    align(other, _tokens(1), replace(SETTINGS, compensation=0.0))
+    assert all(fit.compensated is None for fit in fits)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_the_stream_is_the_converted_model_s(tiny_base: Callable[..., Path], family: str) -> None:
+    model, tokens = _converted(tiny_base(family), "F S0 R0 W"), _tokens(5)
+    walk = LayerWalk(model, tokens, model.config.get_plan().sources)
+    compensation = Compensation(model, tokens, 1.0)
+    for visit in walk:
+        compensation.follow(visit, refit=False)
+    assert not any(state.oracle for state in compensation.states)
+    hidden = model.model.norm(torch.cat(compensation.hidden))
+    torch.testing.assert_close(hidden, model.model(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_many_sequences_give_fewer_rows_each() -> None:
+    assert FitSettings().suited(4) == FitSettings()
+    many = FitSettings().suited(1024)
+    assert (many.map_rows, many.rows) == (MOST_MAP_ROWS // 1024, MOST_ROWS // 1024)
+    assert FitSettings().suited(10**9).rows == 1
