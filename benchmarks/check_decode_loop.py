@@ -215,22 +215,20 @@ class Selections:
         return different.any(0), (torch.stack(wrong) & first & different).any(0)
 
 
-def unlike_caches(
-    name: str, mine: Caches, theirs: Caches, rows: torch.Tensor, slot: int | None
-) -> Iterator[str]:
+def unlike_caches(name: str, mine: Caches, theirs: Caches, rows: torch.Tensor, slots: range) -> Iterator[str]:
     """What is wrong with what a prompt, or a step in its slot, has written; no step may change another slot.
 
     Args:
         name: of the prompt or step.
         mine, theirs: of the kernels and the references, alike before it.
         rows: [B] bool, to compare.
-        slot: of the step's token; None is a prompt.
+        slots: of the prompt's tokens, or of the step's one.
     """
     for index in range(len(mine.keys)):
         caches = [each.of(index, slice(None)) for each in (mine, theirs)]
-        written: Any = slice(None)
-        if slot is not None:
-            written = torch.arange(mine.keys[index].shape[2]) == slot % mine.keys[index].shape[2]
+        size = mine.keys[index].shape[2]
+        written = torch.isin(torch.arange(size), torch.tensor(slots) % size)
+        if len(slots) == 1:
             old = [[x.float()[:, :, ~written] for x in (*kv[:2], *(kv.scales or ()))] for kv in caches]
             if not all(map(torch.equal, *old)):
                 yield f"{name}: another slot of layer {index} changed"
@@ -264,7 +262,7 @@ def check_fp8(model: Any) -> list[str]:
             every = torch.ones(3, dtype=torch.bool, device=mine.network.device)
             name = f"FP8, {length} tokens"
             bad += unlike(f"{name}, prompt", mine.prefill(ids, mask), theirs.prefill(ids, mask))
-            bad += unlike_caches(f"{name}, prompt", mine.caches, theirs.caches, every, None)
+            bad += unlike_caches(f"{name}, prompt", mine.caches, theirs.caches, every, range(length))
             for step in range(NEW):
                 theirs.caches.copy_(mine.caches)
                 fed = tokens(3, 1, seed=step)[:, 0].to(mine.network.device)
@@ -278,8 +276,9 @@ def check_fp8(model: Any) -> list[str]:
                 if same.any():
                     bad += unlike(f"{name}, step {step}", got[same], want[same])
                     bad += unlike_caches(
-                        f"{name}, step {step}", mine.caches, theirs.caches, same, length + step
-                    )
+                        f"{name}, step {step}", mine.caches, theirs.caches, same,
+                        range(length + step, length + step + 1),
+                    )  # fmt: skip
     if left_out:
         print(f"FP8: {left_out} of {rows} rows were not compared, their blocks a close call")
     if 20 * left_out > rows:

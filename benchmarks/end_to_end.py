@@ -33,7 +33,7 @@ from benchmarks.check_decode_loop import check
 from hyconvert.bench.measure import Bench, Row, correlated
 from hyconvert.bench.report import BenchReport
 from hyconvert.bench.roofline import Ceilings
-from hyconvert.bench.run import prompts, versions
+from hyconvert.bench.run import prompts, text_prompts, versions
 from hyconvert.bench.targets import DENSE, Subject, find_subjects
 from hyconvert.generation.attention import DenseWay
 from hyconvert.generation.network import read_network
@@ -183,13 +183,18 @@ def small(run: Run, model: str | None) -> None:
     settings = {} if model else {"plans": [SMALL_PLAN], "topk": 8}
     found = find_subjects(model or "SmolLM2-135M", base=True, **settings)
     subjects = [Subject(x.name if x.name == DENSE else "converted", x.config, x.path) for x in found]
+    text = text_prompts(model)
 
     def measure(bench: Bench) -> None:
         for batch in (1, 2, 4, 8, 16, 32, 64):
             run.decode(bench, batch, 8 * K - 256)
-        for batch in (1, 8):
-            ids = prompts(bench.network.embedding.shape[0], batch, 8 * K)
-            run.row(bench, batch, 8 * K, functools.partial(bench.prefill, ids))
+        for batch in (1, 2, 4, 8):
+            for length in (2 * K, 8 * K):
+                ids = text(batch, length)
+                note = "random tokens" if ids is None else "built-in text"
+                if ids is None:
+                    ids = prompts(bench.network.embedding.shape[0], batch, length)
+                run.row(bench, batch, length, functools.partial(bench.prefill, ids, note=note))
 
     for subject in subjects:
         run.with_model(subject, measure)

@@ -16,6 +16,7 @@ from hyconvert.modeling.attention import with_sink
 from hyconvert_kernels import (
     add_norm,
     block_sparse_attention,
+    fill_rings,
     merged_window_attention,
     oracle_attention,
     oracle_attention_topk,
@@ -34,6 +35,9 @@ SDPA_ORDER = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+VIEWED = 1 << 24
+"""Numbers of a fused projection that a gate's logits, a view of it, may keep in memory while attention runs."""
 
 
 class Selected(NamedTuple):
@@ -63,8 +67,8 @@ class Pass:
         padded: whether any row has padding.
         at: of a prompt's pass, the slot that `offset` holds; tokens before it have gone through all layers.
         ends: whether the pass holds the prompts' last tokens.
-        last: [1] int64, index of the prompts' last token where others fill up the pass behind it, which then holds
-            whole prompts; None for the pass's last one.
+        last: [1] int64, of a prompt's pass the index of its last token; what is behind it fills up a pass of whole
+            prompts.
         selected: by full layer.
         implementation: of the kernels.
         select: puts other block indices [B, G, T, K] in the place of a layer's own, which begin at slot `at`, to time a
@@ -88,9 +92,10 @@ class Pass:
 
     def at_end(self, x: Tensor, dim: int) -> Tensor:
         """What x has for the prompts' last token; one entry along `dim`."""
-        if self.last is None:
-            return x.narrow(dim, x.shape[dim] - 1, 1).contiguous()
-        return x if x.shape[dim] == 1 else x.index_select(dim, self.last)
+        if x.shape[dim] == 1:
+            return x
+        assert self.last is not None
+        return x.index_select(dim, self.last)
 
 
 def attend(
@@ -231,6 +236,7 @@ def _prefill(
 ) -> Tensor:
     block = network.blocks[index]
     length = x.shape[1]
+    assert now.last is not None
     keys, values, scales = cache
     where = whole = now.offset, now.start
     if scales is not None:  # attention within the prompt is by its keys and values as they were
@@ -252,20 +258,18 @@ def _prefill(
         k, v = (x.new_empty(keys.shape[0], block.groups, kept + length, block.dim) for _ in "kv")
         q, query = _queries(block, fused, k, v, near_by, False)
         for ring, joined in ((keys, k), (values, v)):
-            if now.last is not None:
-                ring.copy_(joined.index_select(2, _ring_tokens(size, now.last)))
-                continue
             joined[:, :, :kept] = ring[:, :, :kept] if now.at < size else ring.roll(-(now.at % size), 2)
-            _fill_ring(ring, joined, shift)
+        fill_rings(k, v, keys, values, now.last, at=now.at, shift=shift, implementation=now.implementation)
     gate = None
     if block.source is not None and block.merges:
-        gate = _gate_logit(block, fused).contiguous()
+        gate = _gate_logit(block, fused)
+        gate = gate if fused.numel() <= VIEWED else gate.contiguous()
     del fused
     settings = _settings(network, block, now)
     if last_only and not now.ends:
         return q[:, :, -1:]  # nobody wants it
     if block.kind == "full" and last_only and not block.scored:
-        one = now.offset + (length - 1 if now.last is None else now.last), now.at_end(now.start, 1)
+        one = now.offset + now.last, now.at_end(now.start, 1)
         return oracle_attention(now.at_end(q, 2), k, v, *one, with_scores=False, **settings)[0]
     if block.kind == "full":
         return _prefill_full(network, index, q, k, v, now, settings)
@@ -320,21 +324,3 @@ def _mix(
 ) -> Tensor:
     out: Tensor = block.attention.gate(x, *near, *far, implementation=now.implementation)
     return out
-
-
-def _ring_tokens(size: int, last: Tensor) -> Tensor:
-    """[size] int64: which token a ring holds in each of its slots after token `last` [1]; 0 where it holds none yet."""
-    slots = torch.arange(size, device=last.device)
-    return (last - (last - slots) % size).clamp(min=0)
-
-
-def _fill_ring(ring: Tensor, x: Tensor, first: int) -> None:
-    """Put the last tokens of x [B, G, T, d], whose slots begin at `first`, into their places of a ring."""
-    size, end = ring.shape[2], first + x.shape[2]
-    if end <= size:
-        ring[:, :, first:end] = x
-        return
-    turn = end % size  # the slot after the last one goes here
-    last = x[:, :, -size:]
-    ring[:, :, turn:] = last[:, :, : size - turn]
-    ring[:, :, :turn] = last[:, :, size - turn :]

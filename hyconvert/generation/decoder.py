@@ -16,14 +16,15 @@ from hyconvert.generation.caches import Caches
 from hyconvert.generation.network import FusedMlp, Network, Norm, read_network
 from hyconvert.generation.sampling import Sampling
 from hyconvert_kernels import add_norm
+from hyconvert_kernels.configs import launches_free
 
 PASS_TOKENS = 32_768
 """Most tokens of prompts that pass through the layers at a time."""
 PASS_ELEMENTS = 1 << 25
 """Most numbers in such a pass's hidden states, of which a layer needs a dozen times as much: 8,192 tokens of 4,096."""
-GRAPH_PRODUCTS = 10**11
-"""Prompts are read by a CUDA graph up to so many multiplications in the weights of one layer. That is about half a
-millisecond of an H100, for which launching a layer's kernels one by one takes as long."""
+GRAPH_PRODUCTS = 2 * 10**11
+"""Prompts are read by CUDA graphs up to so many multiplications of a pass in the weights of one layer. They take an
+H100 some 0.6 ms, and launching a layer's kernels one by one takes a millisecond or more on a busy host."""
 
 
 class Decoder:
@@ -93,7 +94,7 @@ class Decoder:
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None
-        self._prompts: dict[tuple[int, bool], GraphedPrompts] = {}
+        self._prompts: dict[tuple[int, bool, int], GraphedPrompts] = {}
         self._pool: Any = None
 
     @torch.inference_mode()
@@ -131,16 +132,12 @@ class Decoder:
         self.at.zero_()
         self.finished.zero_()
         ids = input_ids.to(device)
-        rows = max(1, self.pass_tokens // length)
-        if self.reads_by_graph(length):
-            logits = self._read_graphed(ids, padded)
-        else:
-            logits = torch.cat(
-                [
-                    self._read(ids[at : at + rows], slice(at, at + rows), padded)
-                    for at in range(0, batch, rows)
-                ]
-            )
+        graphed = self.reads_by_graph(length)
+        read = self._read_graphed if graphed else self._read
+        rows = max(1, self.pass_tokens // (prompt_room(length, self.max_length) if graphed else length))
+        logits = torch.cat(
+            [read(ids[at : at + rows], slice(at, at + rows), padded) for at in range(0, batch, rows)]
+        )
         self.logits = logits
         self._emit(self.sampling.choose(logits))
         return logits
@@ -170,10 +167,11 @@ class Decoder:
         return max(1, min(PASS_TOKENS, PASS_ELEMENTS // self.network.embedding.shape[1]))
 
     def reads_by_graph(self, length: int) -> bool:
-        """Whether prompts of `length` tokens are read by a CUDA graph: in one pass, which launching would hold up."""
+        """Whether prompts of `length` tokens are read by CUDA graphs, in passes that launching would hold up."""
         blocks = self.network.blocks
-        tokens = self.batch * prompt_room(length, self.max_length)
-        if not self.graphed or self.select is not None or length < 2 or tokens > self.pass_tokens:
+        room = prompt_room(length, self.max_length)
+        tokens = min(self.batch, self.pass_tokens // room) * room
+        if not self.graphed or self.select is not None or length < 2 or not tokens:
             return False
         if not all(isinstance(block.mlp, FusedMlp) for block in blocks):
             return False  # what transformers does with experts may wait for the GPU
@@ -279,60 +277,62 @@ class Decoder:
         Long ones pass in pieces. A dense model takes a prompt as a whole, by PyTorch's attention, and so do caches in
         FP8: a piece would find the earlier ones rounded.
         """
-        batch, length = ids.shape
+        length = ids.shape[1]
         whole = self.kv_dtype is not None or not any(block.scored for block in self.network.blocks)
         count = 1 if whole else -(-length // self.pass_tokens)
         size = -(-length // count)
-        first = self.first[rows]
         for at in range(0, length, size):
             piece = ids[:, at : at + size]
-            slots = torch.arange(at, at + piece.shape[1], device=ids.device)
-            now = Pass(
-                torch.full((batch,), at, dtype=torch.int64, device=ids.device), first,
-                torch.minimum(first[:, None], slots).contiguous(), self.cos, self.sin, padded, at,
-                at + size >= length, implementation=self.implementation, select=self.select,
-            )  # fmt: skip
-            logits = self._run(piece, rows, now)
+            last = torch.full((1,), piece.shape[1] - 1, dtype=torch.int64, device=ids.device)
+            logits = self._read_piece(piece, last, rows, padded, at, at + size >= length)
         return logits
 
-    def _read_graphed(self, ids: Tensor, padded: bool) -> Tensor:
-        """Logits [B, V] after prompts of all rows, by the graph for prompts of about their length.
+    def _read_piece(
+        self, ids: Tensor, last: Tensor, rows: slice, padded: bool, at: int = 0, ends: bool = True
+    ) -> Tensor:
+        """Logits [b, V] after the token `last` [1] of ids [b, T], whose slots begin at `at`; see `_run`."""
+        first = self.first[rows]
+        slots = torch.arange(at, at + ids.shape[1], device=ids.device)
+        now = Pass(
+            torch.full_like(first, at), first, torch.minimum(first[:, None], slots).contiguous(), self.cos, self.sin,
+            padded, at, ends, last, implementation=self.implementation, select=self.select,
+        )  # fmt: skip
+        return self._run(ids, rows, now)
+
+    def _read_graphed(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
+        """Logits [b, V] after some rows' prompts, by the graph for prompts of about their length in these rows.
 
         The first such prompts are read without one, and the second capture it.
         """
         length = ids.shape[1]
         room = prompt_room(length, self.max_length)
-        known = self._prompts.get((room, padded))
+        known = self._prompts.get((room, padded, rows.start))
         if known is None:
-            known = GraphedPrompts(ids.new_zeros(self.batch, room), ids.new_zeros(1))
-            self._prompts[room, padded] = known
+            known = GraphedPrompts(ids.new_zeros(len(ids), room), ids.new_zeros(1))
+            self._prompts[room, padded, rows.start] = known
         known.ids[:, :length] = ids
         known.last.fill_(length - 1)
         if known.graph is None and known.seen:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                known.logits = self._read_filled(known.ids, known.last, padded)
+                known.logits = self._read_filled(known.ids, known.last, rows, padded)
             known.graph = graph
         known.seen = True
         if known.graph is None:
-            return self._read_filled(known.ids, known.last, padded)
+            return self._read_filled(known.ids, known.last, rows, padded)
         known.graph.replay()
         assert known.logits is not None
         return known.logits.clone()
 
-    def _read_filled(self, ids: Tensor, last: Tensor, padded: bool) -> Tensor:
-        """Logits [B, V] after prompts of all rows, which end with the token `last` [1] of ids [B, T].
+    def _read_filled(self, ids: Tensor, last: Tensor, rows: slice, padded: bool) -> Tensor:
+        """Logits [b, V] after some rows' prompts, which end with the token `last` [1] of ids [b, T].
 
         What is behind it fills up: no earlier token attends to it, and decoding overwrites it. With `last` on the GPU
         this is the same work for all prompts of up to T tokens.
         """
-        slots = torch.arange(ids.shape[1], device=ids.device)
-        now = Pass(
-            torch.zeros_like(self.first), self.first, torch.minimum(self.first[:, None], slots).contiguous(),
-            self.cos, self.sin, padded, last=last, implementation=self.implementation,
-        )  # fmt: skip
-        return self._run(ids, slice(None), now)
+        with launches_free():
+            return self._read_piece(ids, last, rows, padded)
 
     def _run(self, ids: Tensor, rows: slice, now: Pass) -> Tensor:
         """Logits [b, V] of the last of ids [b, T]; of a pass that does not end its prompts nothing, [b, 0]."""
@@ -411,12 +411,12 @@ class Decoder:
 
 @dataclass
 class GraphedPrompts:
-    """A graph that reads prompts of up to T tokens.
+    """A graph that reads prompts of up to T tokens into b rows.
 
     Attributes:
-        ids: [B, T] int64, its input.
+        ids: [b, T] int64, its input.
         last: [1] int64, its input: index of the prompts' last token.
-        logits: [B, V], its output, which its next prompts overwrite.
+        logits: [b, V], its output, which its next prompts overwrite.
         graph: once it is captured.
         seen: whether such prompts have been read, so that their kernels are compiled.
     """

@@ -132,12 +132,12 @@ class Network:
 
 
 class FusedMlp:
-    """The gated MLP with one product for gate and up; many tokens go through it in pieces."""
+    """The gated MLP with one product for gate and up; many tokens go through it in pieces, longer ones if narrow."""
 
-    def __init__(self, mlp: Any, implementation: str | None, tokens: int = 4096) -> None:
+    def __init__(self, mlp: Any, implementation: str | None) -> None:
         self.up = join([mlp.gate_proj, mlp.up_proj], implementation)
         self.down = Linear(mlp.down_proj.weight.detach(), mlp.down_proj.bias, implementation)
-        self.tokens = tokens
+        self.tokens = max(4096, 4096 * 12_288 // self.down.weight.shape[1])
 
     def weights(self) -> list[Tensor]:
         """Its matrices."""

@@ -10,7 +10,7 @@ from .merge.op import merge_branches
 from .oracle.op import oracle_attention, oracle_attention_topk
 from .sparse.op import block_sparse_attention, tile_union
 from .sparse.union import BlockUnion
-from .step.op import add_norm, linear, silu_mul, split_heads
+from .step.op import add_norm, fill_rings, linear, silu_mul, split_heads
 from .topk.op import block_topk
 from .window.op import merged_window_attention, window_attention
 
@@ -19,6 +19,7 @@ __all__ = [
     "add_norm",
     "block_sparse_attention",
     "block_topk",
+    "fill_rings",
     "linear",
     "merge_branches",
     "merged_window_attention",

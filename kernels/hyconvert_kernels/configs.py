@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -77,6 +80,24 @@ def shared_memory(device: torch.device) -> int:
     return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
+_free = contextvars.ContextVar("launches_free", default=False)
+
+
+@contextlib.contextmanager
+def launches_free() -> Iterator[None]:
+    """Let kernels whose launch takes long take over earlier: for what becomes a CUDA graph, where it costs nothing."""
+    token = _free.set(True)
+    try:
+        yield
+    finally:
+        _free.reset(token)
+
+
+def takes_over_from(size: float, free: float) -> float:
+    """``size``, from which on a kernel takes over another's work, or where launches are free this share of it."""
+    return size * free if _free.get() else size
+
+
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Element strides of all but the last dimension, which must be contiguous."""
     return x.stride()[:3]
@@ -98,6 +119,8 @@ def oracle_tile(dtype: torch.dtype, dim: int, ratio: int) -> Tile:
 
 HOPPER_SLOTS = 8192
 """From so many slots on the kernels for Hopper take over oracle attention; of 4096 their launch takes longer."""
+FREE_SLOTS = 1 / 2
+"""Share of `HOPPER_SLOTS` from which on the forward's takes over where launches are free; of 2048 it is slower."""
 HOPPER_CACHED = 96 << 20
 """Bytes of keys and values of which it takes the tiles by length; of more, line by line. An H100 caches 50 MB."""
 
@@ -139,6 +162,8 @@ def hopper_grad_kv_tile() -> Tile:
 HOPPER_ROWS = 120_000
 """From so many queries on, times heads and batch rows, block-sparse attention has its kernel for Hopper; of fewer the
 launch takes longer than the kernel saves. The decode loop's pieces of long prompts are larger."""
+FREE_ROWS = 1 / 8
+"""Share of `HOPPER_ROWS` from which on it takes over where launches are free."""
 
 
 def hopper_sparse_tile() -> Tile:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +14,9 @@ from torch import Tensor
 from hyconvert.errors import HyconvertError, UnsupportedModelError
 from hyconvert.generation import Decoder, Sampling, generate
 from hyconvert.generation.decoder import PASS_ELEMENTS, prompt_room
-from hyconvert.generation.network import read_network
+from hyconvert.generation.network import FusedMlp, read_network
 from hyconvert.kv import base_kv_bytes, kv_bytes
-from hyconvert_kernels.configs import HOPPER_ROWS
+from hyconvert_kernels.configs import HOPPER_ROWS, takes_over_from
 from tests.modeling.tiny import FAMILY_NAMES, base_model, converted, mixed_model, plan_of, tokens
 
 PROMPT, NEW = 27, 13
@@ -126,30 +129,92 @@ def test_a_decoder_serves_prompt_after_prompt() -> None:
 
 
 class FilledUp(Decoder):
-    """Reads prompts as a CUDA graph does, filled up to the room that it has, without a GPU."""
+    """Reads prompts as CUDA graphs do, filled up to the room that they have, without a GPU."""
 
-    def _read(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, graph=True, **options)
+
+    def _read_graphed(self, ids: Tensor, rows: slice, padded: bool) -> Tensor:
         length = ids.shape[1]
         room = prompt_room(length, self.max_length)
         filled = torch.cat([ids, tokens(len(ids), room, seed=room)[:, length:]], 1)
-        return self._read_filled(filled, torch.tensor([length - 1]), padded)
+        return self._read_filled(filled, torch.tensor([length - 1]), rows, padded)
+
+    def _capture(self) -> None:
+        """Steps go on one by one."""
+
+
+class Captured:
+    """Stands in for a CUDA graph of prompts: a replay reads again what lies in its inputs."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.replays = decoder, 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.logits.copy_(self.decoder._read_filled(*self.arguments))
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        """What is read meanwhile is noted, and its logits are not there yet."""
+        read = self.decoder._read_filled
+
+        def note(*arguments: Any) -> Tensor:
+            self.arguments, self.logits = arguments, torch.full_like(read(*arguments), torch.nan)
+            return self.logits
+
+        self.decoder._read_filled = note  # type: ignore[method-assign]
+        yield
+        del self.decoder._read_filled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("pass_tokens", [1000, 80, 40])
+def test_rows_that_do_not_pass_at_once_have_graphs_of_their_own(
+    pass_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", pass_tokens)
+    model = mixed_model(line="F S0 R0 W F S4 F")
+    plain, graphed = (Decoder(model, batch=3, max_length=90, graph=graph) for graph in (False, True))
+    pools: list[object] = []
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: Captured(graphed))
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, pool: (pools.append(pool), graph.capture())[1])
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", object)
+    monkeypatch.setattr(graphed, "_capture", lambda: None)
+    for length in (PROMPT, 30, 29, 32, 25):  # all in a room of 32
+        for mask in (None, padded(3, length)[1]):
+            ids = tokens(3, length, seed=length)
+            torch.testing.assert_close(graphed.prefill(ids, mask), plain.prefill(ids, mask))
+            for _ in range(2):
+                fed = plain.token[:, 0].clone()
+                torch.testing.assert_close(graphed.feed(fed), plain.feed(fed))
+    rows = min(3, pass_tokens // 32)
+    firsts = range(0, 3, rows)
+    assert set(graphed._prompts) == {(32, padded, first) for padded in (False, True) for first in firsts}
+    assert [len(known.ids) for known in graphed._prompts.values()] == 2 * [min(rows, 3 - at) for at in firsts]
+    assert all(known.graph.replays == 4 for known in graphed._prompts.values())  # type: ignore[union-attr]
+    assert len(pools) == len(graphed._prompts) and len(set(pools)) == 1
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
 @pytest.mark.parametrize(
-    ("line", "settings"),
+    ("line", "settings", "pass_tokens"),
     [
-        (None, {}),
-        ("F S0 R0 W F S4 F", {}),
-        ("F S0 R0 W F S4 W", {"gate": "sigmoid", "maps": True, "sinks": True}),
-        ("W F S1 R1 S1 F S5", {"block_size": 1, "topk": 5, "window": 2}),
-        ("F S0*6", {"window": 40}),
+        (None, {}, 1000),
+        ("F S0 R0 W F S4 F", {}, 70),
+        ("F S0 R0 W F S4 W", {"gate": "sigmoid", "maps": True, "sinks": True}, 1000),
+        ("W F S1 R1 S1 F S5", {"block_size": 1, "topk": 5, "window": 2}, 160),
+        ("F S0*6", {"window": 40}, 1000),
     ],
     ids=str,
 )
 def test_prompts_filled_up_to_a_graphs_room_are_read_as_they_are(
-    line: str | None, settings: dict[str, Any], kv_dtype: str | None
+    line: str | None,
+    settings: dict[str, Any],
+    pass_tokens: int,
+    kv_dtype: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", pass_tokens)
     model = base_model("qwen3") if line is None else mixed_model(line=line, **settings)
     options: dict[str, Any] = {"batch": 3, "max_length": 90, "kv_dtype": kv_dtype}
     plain, filled = Decoder(model, **options), FilledUp(model, **options)
@@ -182,12 +247,40 @@ def test_only_prompts_that_launching_would_hold_up_are_read_by_graphs(
     decoder.select = None
     monkeypatch.setattr("hyconvert.generation.decoder.GRAPH_PRODUCTS", 1000)
     assert not decoder.reads_by_graph(30)
-    monkeypatch.undo()
+    blocks = decoder.network.blocks
+    weights = sum(
+        weight.numel() for block in blocks
+        for weight in (block.inputs.weight, block.output.weight, *block.mlp.weights())
+    )  # fmt: skip
+    monkeypatch.setattr("hyconvert.generation.decoder.GRAPH_PRODUCTS", 32 * weights / len(blocks))
+    assert not decoder.reads_by_graph(30), "two rows with room for 32 tokens each pass at once"
     monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 63)
-    assert not decoder.reads_by_graph(30), "two rows with room for 32 tokens each pass one after the other"
+    assert decoder.reads_by_graph(30), "they pass one after the other"
+    monkeypatch.undo()
+    monkeypatch.setattr("hyconvert.generation.decoder.PASS_TOKENS", 31)
+    assert not decoder.reads_by_graph(30), "the room of its graph does not pass at once"
+    monkeypatch.undo()
     experts = Decoder(mixed_model("qwen3_moe"), batch=1, max_length=64)
     experts.graphed = True
     assert not experts.reads_by_graph(30)
+
+
+def test_kernels_are_those_of_free_launches_where_prompts_are_read_by_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, free = Decoder._run, []
+
+    def noted(decoder: Decoder, *arguments: Any) -> Tensor:
+        free.append(takes_over_from(8, 1 / 8) == 1)
+        return run(decoder, *arguments)
+
+    monkeypatch.setattr(Decoder, "_run", noted)
+    decoder = FilledUp(mixed_model(), batch=1, max_length=64)
+    decoder.prefill(tokens(1, 20))
+    decoder.step()
+    decoder.graphed = False
+    decoder.prefill(tokens(1, 20))
+    assert free == [True, False, False]
 
 
 def test_rows_that_are_read_one_after_the_other_write_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +294,18 @@ def test_long_prompts_pass_the_mlp_in_pieces() -> None:
     for block in decoder.network.blocks:
         block.mlp.tokens = 10
     assert torch.equal(decoder.generate(ids, max_new_tokens=NEW), model.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize(("width", "most"), [(1536, 32_768), (12_288, 4096), (14_336, 4096)])
+def test_the_narrower_an_mlp_the_more_tokens_it_takes(width: int, most: int) -> None:
+    up, down = torch.nn.Linear(1, width, bias=False), torch.nn.Linear(width, 1, bias=False)
+    mlp = FusedMlp(SimpleNamespace(gate_proj=up, up_proj=up, down_proj=down), None)
+    assert mlp.tokens == most
+
+
+def test_gates_of_large_projections_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyconvert.generation.attention.VIEWED", 0)
+    check(mixed_model())
 
 
 def test_prompts_are_tried_in_as_many_rows_as_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ for heads in (4, 16):  # side by side, and in turn
     shape = {"G": 2, "R": heads, "RP": heads, "WQ": 64 // heads, "BLOCK": 64}
     check(maxima._scores, left, N=512, **shape)
     check(maxima._select, left, N=2048, KP=16, **shape)
+rings = types | dict.fromkeys("K V RING_K RING_V".split(), "*bf16") | {"LAST": "*i64"}
+check(forward._fill_rings, rings, G=3, D=96, DP=128, BS=16)
 check(forward._add_norm, types, D=96, DP=128, ADD=True, AFTER=False)
 for rows in (1, 16):
     check(matvec._matvec, types, M=rows, BN=16, BK=64, BIASED=True, GATED=True, PREC="ieee", STAGES=2)

@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from hyconvert_kernels import hopper as shared
-from hyconvert_kernels.oracle import forward, hopper, hopper_backward
+from hyconvert_kernels.configs import launches_free
+from hyconvert_kernels.oracle import backward, forward, hopper, hopper_backward
 
 COMPILE = """
 from hyconvert_kernels.oracle import hopper
@@ -114,6 +115,22 @@ def test_bulk_copies_take_the_keys_as_they_lie(make):
 )
 def test_other_layouts_are_copied_first_or_left_to_the_portable_kernel(make):
     assert shared.bulk_strides(make()) is None
+
+
+def test_the_forward_takes_over_earlier_where_launches_are_free(monkeypatch):
+    def taken_over(slots):
+        k = torch.empty(1, 2, slots, 64, device="meta")
+        return forward.on_hopper(k, k, k, 0.1) is not None, backward.on_hopper(k, k) is not None
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "hopper_kernels", lambda *_: hopper)
+    assert [taken_over(slots) for slots in (4096, 8191, 8192)] == [(False,) * 2, (False,) * 2, (True,) * 2]
+    with launches_free():
+        assert [taken_over(slots) for slots in (4095, 4096)] == [(False, False), (True, False)]
+    for always, edge in ((True, 0), (False, float("inf"))):  # as benchmarks force it
+        monkeypatch.setattr(forward, "HOPPER_SLOTS", edge)
+        with launches_free():
+            assert taken_over(16)[0] == taken_over(1 << 20)[0] == always
 
 
 def test_they_are_for_hopper_alone(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon")
 
 from hyconvert_kernels import dispatch
+from hyconvert_kernels.configs import launches_free
 from hyconvert_kernels.dispatch import BLOCK_SIZES
 from hyconvert_kernels.sparse import forward, hopper
 from hyconvert_kernels.sparse.union import build_union, union_queries
@@ -144,6 +145,22 @@ def test_what_fits(monkeypatch):
         odd = [*tensors()]
         odd[at] = torch.zeros(*x.shape[:3], 132, dtype=x.dtype)[..., 4:]
         assert not hopper.fits(*odd, 0.1, 64)
+
+
+def test_it_takes_over_earlier_where_launches_are_free(monkeypatch):
+    def taken_over(rows):
+        q = torch.empty(2, 5, rows // 10, 64, device="meta")
+        return forward.on_hopper(q, q, q, q, 0.1, 64) is not None
+
+    monkeypatch.setattr(forward, "hopper_kernels", lambda *_: hopper)
+    assert [taken_over(rows) for rows in (15_000, 119_990, 120_000)] == [False, False, True]
+    with launches_free():
+        assert [taken_over(rows) for rows in (14_990, 15_000)] == [False, True]
+    assert not taken_over(15_000)
+    for always, edge in ((True, 0), (False, float("inf"))):  # as benchmarks force it
+        monkeypatch.setattr(forward, "HOPPER_ROWS", edge)
+        with launches_free():
+            assert taken_over(10) == taken_over(1_000_000) == always
 
 
 def test_it_is_for_hopper_alone(monkeypatch):

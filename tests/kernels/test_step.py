@@ -132,6 +132,49 @@ def test_split_heads_refuses_more_tokens_than_a_ring_holds():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("size", "at", "last", "length"),
+    [
+        (20, 0, 3, 5),
+        (20, 0, 4, 5),
+        (20, 0, 19, 20),
+        (20, 0, 44, 60),
+        (20, 6, 3, 4),
+        (20, 33, 3, 4),
+        (20, 40, 39, 40),
+        (1, 5, 2, 3),
+    ],
+    ids=["filled up", "shorter", "as long", "longer", "first pieces", "short piece", "long piece", "one slot"],
+)  # fmt: skip
+@pytest.mark.parametrize("dim", [16, 24])
+def test_rings_take_a_prompts_last_tokens(dim, size, at, last, length, implementation):
+    shift = at - min(at, size)
+    k, v = (
+        normal(2, at - shift + length, 3, dim).transpose(1, 2),
+        normal(2, 3, at - shift + length, dim, seed=1),
+    )
+    rings = [normal(4, 3, size, dim, seed=seed) for seed in (2, 3)]
+    want = [ring.clone() for ring in rings]
+    for slot in range(max(0, at + last - size + 1), at + last + 1):
+        for ring, x in zip(want, (k, v), strict=True):
+            ring[1:3, :, slot % size] = x[:, :, slot - shift]
+    kernels.fill_rings(
+        k, v, *(ring[1:3] for ring in rings), torch.tensor([last], device=DEVICE), at=at, shift=shift,
+        implementation=implementation,
+    )  # fmt: skip
+    for ring, filled in zip(rings, want, strict=True):
+        assert torch.equal(ring, filled)
+
+
+def test_rings_are_filled_where_they_lie():
+    x, ring = normal(1, 1, 4, 16), normal(1, 1, 16, 4).transpose(2, 3)
+    with pytest.raises(ValueError, match="rings' last stride must be 1"):
+        kernels.fill_rings(
+            x, x, ring, ring, torch.tensor([3], device=DEVICE), at=0, shift=0, implementation="triton"
+        )
+
+
 @pytest.mark.parametrize("slot", [0, 3, 16, 40])
 @pytest.mark.parametrize("window", [5, 37])
 def test_window_decode_on_a_ring_is_the_window_of_the_sequence(slot, window):
@@ -185,6 +228,7 @@ def test_window_attention_merges_the_sparse_branch_in_one_pass():
         for name in ("reference", "triton")
     ]
     torch.testing.assert_close(*results, **TIGHT)
+    assert results[1].transpose(1, 2).is_contiguous(), "it is given to a product as it lies"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configs import HOPPER_SLOTS, Tile, oracle_tile, strides
+from ..configs import FREE_SLOTS, HOPPER_SLOTS, Tile, oracle_tile, strides, takes_over_from
 from ..dispatch import hopper_kernels
 from ..tiles import FAR, LOG2E, finish, load_keys, load_rows, softmax_step, store_rows
 
@@ -139,7 +139,8 @@ def _oracle_forward(
 
 def on_hopper(q, k, v, scale):
     """The module of the kernel for Hopper, if it takes over these."""
-    return hopper_kernels("oracle.hopper", q, k, v, scale) if k.shape[2] >= HOPPER_SLOTS else None
+    long = k.shape[2] >= takes_over_from(HOPPER_SLOTS, FREE_SLOTS)
+    return hopper_kernels("oracle.hopper", q, k, v, scale) if long else None
 
 
 def forward(

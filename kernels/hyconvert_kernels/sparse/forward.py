@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..configs import HOPPER_ROWS, Tile, sparse_tile, strides
+from ..configs import FREE_ROWS, HOPPER_ROWS, Tile, sparse_tile, strides, takes_over_from
 from ..dispatch import hopper_kernels
 from ..tiles import FAR, finish, load_rows, softmax_step, store_rows
 from .union import BlockUnion, union_queries
@@ -124,7 +124,7 @@ def build_union(
 
 def on_hopper(q, k, v, out, scale, block_size):
     """The module of the kernel for Hopper, if it takes over these."""
-    many = q.shape[:3].numel() >= HOPPER_ROWS
+    many = q.shape[:3].numel() >= takes_over_from(HOPPER_ROWS, FREE_ROWS)
     return hopper_kernels("sparse.hopper", q, k, v, out, scale, block_size) if many else None
 
 

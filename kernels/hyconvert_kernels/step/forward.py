@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..configs import early_start, strides
-from ..tiles import FP8_LARGEST, FP8_SMALLEST, await_inputs
+from ..tiles import FP8_LARGEST, FP8_SMALLEST, await_inputs, load_rows, store_rows
 
 
 @triton.jit
@@ -156,6 +156,24 @@ def _split_heads(
                     _store_halves(QS + to, x1, x2, c, mask, half)
 
 
+@triton.jit
+def _fill_rings(
+    K, V, RING_K, RING_V, LAST, at, shift, skb, skg, sks, svb, svg, svs, srb, srg, srs, swb, swg, sws, S,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    await_inputs(EARLY)
+    place = (tl.program_id(0) * BS + tl.arange(0, BS)).to(tl.int64)
+    line = tl.program_id(1)
+    b, g = (line // G).to(tl.int64), (line % G).to(tl.int64)
+    end = tl.load(LAST).to(tl.int64) + at
+    index = end - (end - place + S) % S - shift
+    ok = (place < S) & (index >= 0)
+    k = load_rows(K + b * skb + g * skg, index * sks, ok, D, DP)
+    v = load_rows(V + b * svb + g * svg, index * svs, ok, D, DP)
+    store_rows(RING_K + b * srb + g * srg, place * srs, k, ok, D, DP)
+    store_rows(RING_V + b * swb + g * swg, place * sws, v, ok, D, DP)
+
+
 def add_norm(x, residual, weight, eps, out, *, after):
     """Fill ``out`` and, if there is one, ``residual``; rows contiguous, ``out`` and ``residual`` wholly."""
     dim = x.shape[-1]
@@ -204,4 +222,14 @@ def split_heads(
         MAPPED=mapped, SPARSE=q_sparse is not None, ROTATE=rotate, ROTATE_S=rotate_source, RING=ring, PREC="ieee",
         K_SCALE=None if scales is None else scales[0], V_SCALE=None if scales is None else scales[1], num_warps=4,
         **early_start(x.device),
+    )  # fmt: skip
+
+
+def fill_rings(k, v, ring_k, ring_v, last, *, at, shift):
+    """Fill the rings' slots; last strides 1."""
+    batch, groups, size, dim = ring_k.shape
+    slots = 16
+    _fill_rings[(triton.cdiv(size, slots), batch * groups)](
+        k, v, ring_k, ring_v, last, at, shift, *strides(k), *strides(v), *strides(ring_k), *strides(ring_v), size,
+        G=groups, D=dim, DP=triton.next_power_of_2(dim), BS=slots, num_warps=4, **early_start(k.device),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..configs import matvec_rows
-from ..dispatch import DTYPES, choose, on_device
+from ..dispatch import DTYPES, choose, dense_rows, on_device
 from ..fp8 import FP8, check_scales, fp8_problem
 from . import reference
 
@@ -128,3 +128,25 @@ def split_heads(
             | settings), **{**flags, "query_map": None if query_map is None else query_map.contiguous()},
         )  # fmt: skip
     return q, sparse
+
+
+def fill_rings(
+    k: Tensor,
+    v: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    last: Tensor,
+    *,
+    at: int,
+    shift: int,
+    implementation: str | None = None,
+) -> None:
+    """See `reference.fill_rings`."""
+    tensors = (k, v, ring_k, ring_v, last)
+    problem = None if ring_k.stride(3) == ring_v.stride(3) == 1 else "rings' last stride must be 1"
+    if choose("fill_rings", tensors, implementation, problem) == "reference":
+        return reference.fill_rings(*tensors, at=at, shift=shift)
+    from . import forward
+
+    with on_device(k):
+        forward.fill_rings(dense_rows(k), dense_rows(v), ring_k, ring_v, last, at=at, shift=shift)

@@ -117,6 +117,25 @@ def split_heads(
     return q.contiguous(), sparse.contiguous()
 
 
+def fill_rings(
+    k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, last: Tensor, *, at: int, shift: int
+) -> None:
+    """Put the last keys and values of prompts into rings, slot s at ``s % S``.
+
+    Args:
+        k, v: ``[B,G,T,d]``, of the slots from ``shift`` on.
+        ring_k, ring_v: ``[B,G,S,d]``, receive slots ``at + last - S + 1 .. at + last``; what would be of slots before
+            ``shift`` is left as it is.
+        last: int ``[1]``, of slots from ``at`` on the prompts' last one.
+        at, shift: see above.
+    """
+    size, end = ring_k.shape[2], at + last
+    index = end - (end - torch.arange(size, device=k.device)) % size - shift
+    known = (index >= 0)[:, None]
+    for x, ring in ((k, ring_k), (v, ring_v)):
+        ring.copy_(torch.where(known, x.index_select(2, index.clamp(min=0)), ring))
+
+
 def _put(out: Tensor, place: Tensor, x: Tensor, scale: Tensor | None) -> None:
     if scale is None:
         out.scatter_(2, place, x)

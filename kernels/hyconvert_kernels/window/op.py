@@ -54,7 +54,7 @@ def merged_window_attention(
         gate_logit: ``[B,H,T]``.
 
     Returns:
-        ``[B,H,T,d]`` in q's dtype.
+        ``[B,H,T,d]`` in q's dtype; of the kernel all heads of a token side by side in memory.
     """
     check_inputs(q, k, v, q_offset, start)
     problem = attention_problem(q, k, v, window=window)
@@ -64,7 +64,7 @@ def merged_window_attention(
         return merge_reference.merge_branches(*near, out_s, lse_s, gate_logit)
     from . import forward
 
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
     with on_device(q):
         forward.forward(
             dense_rows(q), dense_rows(k), dense_rows(v), q_offset.contiguous(), start.contiguous(), out, None,
