@@ -159,6 +159,12 @@ def check(model: Any) -> list[str]:
         for ids, mask, want in prompts:
             if not torch.equal(decoder.generate(ids, mask, max_new_tokens=NEW).cpu(), want):
                 bad.append(f"{ids.shape[1]} tokens in pieces: other tokens")
+    with patch.object(decoding, "PASS_TOKENS", 100):  # two rows of 33 tokens at a time, so two graphs
+        decoder = Decoder(on_gpu, batch=3, max_length=200)
+        ids, mask, want = prompts[1]
+        for time in range(3):
+            if not torch.equal(decoder.generate(ids, mask, max_new_tokens=NEW).cpu(), want):
+                bad.append(f"time {time}, {ids.shape[1]} tokens in two passes: other tokens")
     single = Decoder(on_gpu, batch=1, max_length=200)  # one row: our own product kernel
     ids = prompts[0][0][:1]
     want = model.generate(ids.cuda(), **greedy)
