@@ -4,7 +4,8 @@
     python -m benchmarks.alignment MODEL ... --plan LINE --fit-tokens 65536 1048576 --fit compensation=0 uniform=0.8
 
 Every plan is aligned on so many tokens with every setting of `--fit` (names and numbers, commas between those of one
-run; nothing for the defaults). Rows go to `benchmarks/results/alignment.json` as they come, behind those of other runs.
+run; nothing for the defaults). Rows go to `benchmarks/results/alignment.json` as they come, behind those of other runs
+on the same model, text and card.
 """
 
 from __future__ import annotations
@@ -86,8 +87,13 @@ def main() -> None:
     tokenizer, length = source.load_tokenizer(), options.length
     settings = MeasureSettings.create(topk=options.topk, sequence_length=length)
     held = Held(tokenizer, options.data, options.tokens, length)
+    setting = {
+        "device": device_name(device), "model": Path(options.model).name, "length": length, "topk": options.topk,
+        "data": [Path(path).name for path in options.data], "tokens": options.tokens,
+    }  # fmt: skip
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    rows: list[dict[str, Any]] = known.get("rows", []) if known.get("device") == device_name(device) else []
+    same = all(known.get(key) == value for key, value in setting.items())
+    rows: list[dict[str, Any]] = known["rows"] if same else []
     base: dict[str, Any] | None = None
     for line, share, tokens in itertools.product(options.plan, options.retrieval, options.fit_tokens):
         blocks = token_blocks(
@@ -99,7 +105,7 @@ def main() -> None:
             whole = Whole(source, plan, held.prompts, settings, device)
             if base is None:
                 base = {"line": "base", **held(whole, None)}
-                rows.append(base)
+                rows = [base, *(row for row in rows if row["line"] != "base")]
                 print(base, flush=True)
             began = time.monotonic()
             given = numbers(changes.split(",")) if changes else {}
@@ -107,9 +113,7 @@ def main() -> None:
             row = {"line": line, "fit tokens": len(fit) * length, "prompts among them": share, "fit": given}
             row |= {"seconds": time.monotonic() - began, **held(whole, plan)}
             rows.append(row)
-            options.out.write_text(
-                json.dumps({"device": device_name(device), "length": length, "rows": rows}, indent=1) + "\n"
-            )
+            options.out.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
             ratios = [f"{row[k] / base[k]:.3f}" for k in base if k.startswith("ppl")]
             print(
                 f"{tokens:>8} {share} {changes or 'defaults':40} {ratios} KL {row['kl']:.4f} "

@@ -79,7 +79,7 @@ def model_card(report: ConversionReport, config: Any, source: Source, command: s
                   f"({after / before:.3f}x)."]  # fmt: skip
     lines += [
         "",
-        "| layer | kind | source | mass outside window | explained | output error |",
+        "| layer | kind | source | mass outside window | explained | output error, without compensation |",
         "|---|---|---|---|---|---|",
     ]
     for fit in report.fits:

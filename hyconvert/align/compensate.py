@@ -6,8 +6,9 @@ tokens. Behind each converted layer's attention the streams differ by E, and the
 
     min_D  sum_t || D o_t - E_t ||^2 + l || D ||^2,        W_o <- W_o + c D
 
-l is chosen for each layer by two-fold cross-validation over sequences, from the same Gram matrices; where no l gains
-anything on the other fold, the layer stays as it is.
+l is chosen for each layer by two-fold cross-validation, from the same Gram matrices; where no l gains anything on the
+other fold, the layer stays as it is. The folds are the first and the second half of the sequences: neighbours, which
+may be of one document, stay together, and prompts that are spread evenly fall into both.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hyconvert.align.solve import ridge
 from hyconvert.align.walk import LayerVisit
 from hyconvert.modeling.state import prepare_state
+from hyconvert.plan import Plan
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths that are tried, as shares of the mean diagonal."""
@@ -35,10 +37,10 @@ class Compensation:
             for perplexity.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Any, tokens: Tensor, share: float) -> None:
         self.decoder, self.share = model.model, share
-        plan = model.config.get_plan()
-        self.last_reader = {layer.source: index for index, layer in enumerate(plan.layers)}
+        self.last_reader = last_readers(model.config.get_plan())
         weight = self.decoder.embed_tokens.weight
         size = 8 if weight.is_cuda else 1
         self.rows = [slice(at, min(at + size, len(tokens))) for at in range(0, len(tokens), size)]
@@ -65,68 +67,73 @@ class Compensation:
                 hidden.copy_(_run(layer, hidden, visit.rope, state))
             self._forget(visit.index)
             return None
-        heads, outputs = [], []
-        gathered: list[Tensor] = []
-        hook = attention.o_proj.register_forward_pre_hook(lambda _, args: gathered.append(args[0]))
+        fit = _Correction(attention, len(visit.entering)) if refit and len(visit.entering) > 1 else None
+        heads: list[Tensor] = []
+        hook = attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
         try:
-            for hidden, state in zip(self.hidden, self.states, strict=True):
-                outputs.append(
-                    attention(before(hidden), position_embeddings=visit.rope, hyconvert_state=state)[0]
-                )
-                heads.append(gathered.pop())
+            for rows, hidden, state in zip(self.rows, self.hidden, self.states, strict=True):
+                output = attention(before(hidden), position_embeddings=visit.rope, hyconvert_state=state)[0]
+                if fit is not None:
+                    wanted = visit.entering[rows].float() + visit.outputs[rows].float()
+                    fit.add(rows, heads[-1], wanted - hidden.float() - output.float())
         finally:
             hook.remove()
         gain = None
-        if refit and len(visit.entering) > 1:
-            correction, gain = self._fit(visit, heads, outputs)
+        if fit is not None:
+            correction, gain = fit.solve()
             if gain > 0:
                 projection: Any = attention.o_proj
-                old = projection.weight.clone()
-                projection.weight.add_((self.share * correction).to(old.dtype))
-                change = projection.weight - old
-                for output, head in zip(outputs, heads, strict=True):
-                    output.add_(head @ change.mT)
+                projection.weight.add_((self.share * correction).to(projection.weight.dtype))
             gain = max(gain, 0.0)
         own = layer.self_attn
         try:
-            for hidden, output, state in zip(self.hidden, outputs, self.states, strict=True):
-                layer.self_attn = _Given(output)
+            for hidden, head, state in zip(self.hidden, heads, self.states, strict=True):
+                layer.self_attn = _Given(attention.o_proj(head))
                 hidden.copy_(_run(layer, hidden, visit.rope, state))
         finally:
             layer.self_attn = own
         self._forget(visit.index)
         return gain
 
-    def _fit(self, visit: LayerVisit, heads: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, float]:
-        """D [D, H d], and what it gains on the fold that it is not fitted on, as a share of the error there."""
-        width, wide = outputs[0].shape[-1], heads[0].shape[-1]
-        gram = heads[0].new_zeros(2, wide, wide, dtype=torch.float32)
-        cross = heads[0].new_zeros(2, width, wide, dtype=torch.float32)
-        energy = torch.zeros((), device=gram.device)
-        for rows, hidden, head, output in zip(self.rows, self.hidden, heads, outputs, strict=True):
-            wanted = visit.entering[rows].float() + visit.outputs[rows].float()
-            error = wanted - hidden.float() - output.float()
-            energy += error.square().sum()
-            for fold in range(2):
-                part = slice((rows.start + fold) % 2, None, 2)
-                o, e = head[part].flatten(0, 1).float(), error[part].flatten(0, 1)
-                gram[fold] += o.mT @ o
-                cross[fold] += e.mT @ o
-        gains = {}
-        for strength in RIDGES:
-            gain = 0.0
-            for fold, other in ((0, 1), (1, 0)):
-                fitted = ridge(gram[fold], cross[fold], strength).float()
-                gain += float((2 * fitted * cross[other] - (fitted @ gram[other]) * fitted).sum())
-            gains[strength] = gain
-        best = max(gains, key=gains.__getitem__)
-        return ridge(gram.sum(0), cross.sum(0), best).float(), gains[best] / max(float(energy), 1e-12)
-
     def _forget(self, index: int) -> None:
         """Let go of full layers' keys and values that no later layer reads."""
         for state in self.states:
             for source in [s for s in state.oracle if self.last_reader.get(s, -1) <= index]:
                 del state.oracle[source]
+
+
+class _Correction:
+    """D [D, H d] by ridge regression, from Gram matrices of both folds."""
+
+    def __init__(self, attention: Any, sequences: int) -> None:
+        weight = attention.o_proj.weight
+        width, wide = weight.shape
+        self.sequences = sequences
+        self.gram = weight.new_zeros(2, wide, wide, dtype=torch.float32)
+        self.cross = weight.new_zeros(2, width, wide, dtype=torch.float32)
+        self.energy = weight.new_zeros((), dtype=torch.float32)
+
+    def add(self, rows: slice, heads: Tensor, error: Tensor) -> None:
+        """Take in heads [n, T, H d] and what is missing [n, T, D], of sequences `rows`."""
+        self.energy += error.square().sum()
+        middle = max(0, min(len(heads), self.sequences // 2 - rows.start))
+        for fold, part in enumerate((slice(middle), slice(middle, None))):
+            o, e = heads[part].flatten(0, 1).float(), error[part].flatten(0, 1)
+            self.gram[fold] += o.mT @ o
+            self.cross[fold] += e.mT @ o
+
+    def solve(self) -> tuple[Tensor, float]:
+        """D, and what it gains on the fold that it is not fitted on, as a share of the error there."""
+        gains = {}
+        for strength in RIDGES:
+            gain = 0.0
+            for fold, other in ((0, 1), (1, 0)):
+                fitted = ridge(self.gram[fold], self.cross[fold], strength).float()
+                gain += float((2 * fitted * self.cross[other] - (fitted @ self.gram[other]) * fitted).sum())
+            gains[strength] = gain
+        best = max(gains, key=gains.__getitem__)
+        fitted = ridge(self.gram.sum(0), self.cross.sum(0), best).float()
+        return fitted, gains[best] / max(float(self.energy), 1e-12)
 
 
 class _Given(nn.Module):
@@ -139,6 +146,11 @@ class _Given(nn.Module):
     def forward(self, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """That output."""
         return self.output, None
+
+
+def last_readers(plan: Plan) -> dict[int, int]:
+    """By full layer, the last layer that reads it; without those that nobody reads."""
+    return {layer.source: index for index, layer in enumerate(plan.layers) if layer.source is not None}
 
 
 def _run(layer: Any, hidden: Tensor, rope: Any, state: Any) -> Tensor:

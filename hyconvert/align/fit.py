@@ -41,9 +41,9 @@ class FitSettings:
 
     rows: int = 512
     map_rows: int = 128
-    uniform: float = 0.05
+    uniform: float = 0.8
     query_ridge: float = 1e-3
-    value_ridge: float = 1e-3
+    value_ridge: float = 0.1
     gate_ridge: float = 1e-1
     output_ridge: float = 1e-2
     gate_weight: bool = True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyconvert.align.compensate import Compensation
+from hyconvert.align.compensate import Compensation, last_readers
 from hyconvert.align.fit import (
     FitSettings,
     OutputFit,
@@ -39,7 +39,8 @@ class LayerFit:
         outside_mass: mean share of attention the base puts outside the window here.
         explained: share of the base's outside-window output (weighted by its mass) that the sparse branch gives after
             alignment, 1 - squared error / energy; None for window layers.
-        error: squared error of the layer's attention output as a share of the base's energy, after alignment.
+        error: squared error of the layer's attention output as a share of the base's energy, on the base's activations
+            and before compensation.
         error_before_refit: the same before the output projection was refitted.
         compensated: share of what the residual stream lacked behind this layer that the output projection makes up for
             since, by cross-validation; None where that was not tried.
@@ -75,6 +76,7 @@ def align(
     settings = (settings or FitSettings()).suited(len(tokens))
     plan = model.config.get_plan()
     walk = LayerWalk(model, tokens, plan.sources)
+    last_reader = last_readers(plan)
     compensation = Compensation(model, tokens, settings.compensation) if settings.compensation else None
     fits: list[LayerFit] = []
     for visit in walk:
@@ -87,6 +89,8 @@ def align(
             fit = fit and replace(fit, compensated=gained)
         if fit is not None:
             fits.append(fit)
+        for source in [s for s in walk.oracle_states if last_reader.get(s, -1) <= visit.index]:
+            del walk.oracle_states[source]
         if on_layer:
             on_layer(visit.index, fit)
     return fits

@@ -60,4 +60,5 @@ def generate(
         kv_dtype=kv_dtype,
         implementation=implementation,
     )
+    decoder.graphs_prompts = False  # they are not read again
     return decoder.generate(input_ids, attention_mask, max_new_tokens=max_new_tokens)

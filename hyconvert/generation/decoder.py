@@ -25,6 +25,8 @@ PASS_ELEMENTS = 1 << 25
 GRAPH_PRODUCTS = 2 * 10**11
 """Prompts are read by CUDA graphs up to so many multiplications of a pass in the weights of one layer. They take an
 H100 some 0.6 ms, and launching a layer's kernels one by one takes a millisecond or more on a busy host."""
+GRAPHED_PASSES = 8
+"""Most passes of prompts that are read by graphs: each has its own, which takes time to capture and memory."""
 
 
 class Decoder:
@@ -94,6 +96,8 @@ class Decoder:
         self._eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None
+        self.graphs_prompts = self.graphed
+        """Whether short prompts are read by CUDA graphs; not worth it for prompts of one call alone."""
         self._prompts: dict[tuple[int, bool, int], GraphedPrompts] = {}
         self._pool: Any = None
 
@@ -170,8 +174,10 @@ class Decoder:
         """Whether prompts of `length` tokens are read by CUDA graphs, in passes that launching would hold up."""
         blocks = self.network.blocks
         room = prompt_room(length, self.max_length)
-        tokens = min(self.batch, self.pass_tokens // room) * room
-        if not self.graphed or self.select is not None or length < 2 or not tokens:
+        rows = min(self.batch, self.pass_tokens // room)
+        if not self.graphs_prompts or self.select is not None or length < 2 or not rows:
+            return False
+        if self.batch > GRAPHED_PASSES * rows:
             return False
         if not all(isinstance(block.mlp, FusedMlp) for block in blocks):
             return False  # what transformers does with experts may wait for the GPU
@@ -179,7 +185,7 @@ class Decoder:
             weight.numel() for block in blocks
             for weight in (block.inputs.weight, block.output.weight, *block.mlp.weights())
         )  # fmt: skip
-        return tokens * weights <= GRAPH_PRODUCTS * len(blocks)
+        return rows * room * weights <= GRAPH_PRODUCTS * len(blocks)
 
     def assume(self, length: int, seed: int = 0) -> None:
         """Fill the caches with random numbers as if prompts of `length` tokens had been read, to time what follows.
@@ -312,18 +318,34 @@ class Decoder:
             self._prompts[room, padded, rows.start] = known
         known.ids[:, :length] = ids
         known.last.fill_(length - 1)
-        if known.graph is None and known.seen:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                known.logits = self._read_filled(known.ids, known.last, rows, padded)
-            known.graph = graph
-        known.seen = True
-        if known.graph is None:
+        if (
+            known.graph is None
+            and known.logits is not None
+            and not self._capture_prompts(known, rows, padded)
+        ):
             return self._read_filled(known.ids, known.last, rows, padded)
+        if known.graph is None:
+            logits = self._read_filled(known.ids, known.last, rows, padded)
+            known.logits = logits.clone()
+            return logits
         known.graph.replay()
         assert known.logits is not None
         return known.logits.clone()
+
+    def _capture_prompts(self, known: GraphedPrompts, rows: slice, padded: bool) -> bool:
+        """Record how prompts are read; if that fails, as for lack of memory, none are read by graphs any more."""
+        assert known.logits is not None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                known.logits.copy_(self._read_filled(known.ids, known.last, rows, padded))
+        except RuntimeError:
+            self.graphs_prompts, self._pool = False, None
+            self._prompts.clear()
+            return False
+        known.graph = graph
+        return True
 
     def _read_filled(self, ids: Tensor, last: Tensor, rows: slice, padded: bool) -> Tensor:
         """Logits [b, V] after some rows' prompts, which end with the token `last` [1] of ids [b, T].
@@ -416,20 +438,22 @@ class GraphedPrompts:
     Attributes:
         ids: [b, T] int64, its input.
         last: [1] int64, its input: index of the prompts' last token.
-        logits: [b, V], its output, which its next prompts overwrite.
+        logits: [b, V], its output, which its next prompts overwrite; None until such prompts have been read once, so
+            that their kernels are compiled.
         graph: once it is captured.
-        seen: whether such prompts have been read, so that their kernels are compiled.
     """
 
     ids: Tensor
     last: Tensor
     logits: Tensor | None = None
     graph: torch.cuda.CUDAGraph | None = None
-    seen: bool = False
 
 
 def prompt_room(length: int, most: int) -> int:
-    """Tokens of the graph that reads prompts of `length`, at most an eighth more: few graphs serve all lengths."""
+    """Tokens of the graph that reads prompts of `length`.
+
+    At most an eighth to spare, or 15 tokens of short ones: some sixty sizes serve all lengths up to 8k.
+    """
     step = 1 << max(4, length.bit_length() - 4)
     return min(most, -(-length // step) * step)
 

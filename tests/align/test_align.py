@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hyconvert.align import FitSettings, LayerWalk, align, align_layer
-from hyconvert.align.compensate import Compensation
+from hyconvert.align.compensate import Compensation, _Correction
 from hyconvert.align.fit import MOST_MAP_ROWS, MOST_ROWS, fit_gate, read_rows, read_sparse
 from hyconvert.modeling import HyConvertConfig, HyConvertForCausalLM
 from hyconvert.plan import Plan, parse_line
@@ -212,3 +213,19 @@ def test_many_sequences_give_fewer_rows_each() -> None:
     many = FitSettings().suited(1024)
     assert (many.map_rows, many.rows) == (MOST_MAP_ROWS // 1024, MOST_ROWS // 1024)
     assert FitSettings().suited(10**9).rows == 1
+
+
+def test_both_folds_hold_text_and_prompts_at_every_share() -> None:
+    """Prompts that are spread evenly over the sequences, as `mix_in` does, fall into both halves alike."""
+    for count, batch in ((32, 8), (32, 1), (20, 8)):
+        for every in (2, 4):
+            attention = SimpleNamespace(o_proj=torch.nn.Linear(2, 3))
+            fit = _Correction(attention, count)
+            prompts = (torch.arange(count) % every == every - 1).float()
+            for at in range(0, count, batch):
+                rows = slice(at, min(at + batch, count))
+                heads = torch.stack((prompts[rows], 1 - prompts[rows]), -1)[:, None]
+                fit.add(rows, heads, torch.zeros(len(heads), 1, 3))
+            kinds = fit.gram.diagonal(dim1=1, dim2=2)
+            assert kinds.sum() == count
+            torch.testing.assert_close(kinds[0], kinds[1], atol=1.0, rtol=0)

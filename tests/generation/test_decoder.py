@@ -152,7 +152,9 @@ class Captured:
 
     def replay(self) -> None:
         self.replays += 1
-        self.logits.copy_(self.decoder._read_filled(*self.arguments))
+        logits = self.decoder._read_filled(*self.arguments)
+        (mine,) = (known for known in self.decoder._prompts.values() if known.graph is self)
+        mine.logits.copy_(logits)  # type: ignore[union-attr]
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -160,8 +162,8 @@ class Captured:
         read = self.decoder._read_filled
 
         def note(*arguments: Any) -> Tensor:
-            self.arguments, self.logits = arguments, torch.full_like(read(*arguments), torch.nan)
-            return self.logits
+            self.arguments = arguments
+            return torch.full_like(read(*arguments), torch.nan)
 
         self.decoder._read_filled = note  # type: ignore[method-assign]
         yield
@@ -193,6 +195,31 @@ def test_rows_that_do_not_pass_at_once_have_graphs_of_their_own(
     assert [len(known.ids) for known in graphed._prompts.values()] == 2 * [min(rows, 3 - at) for at in firsts]
     assert all(known.graph.replays == 4 for known in graphed._prompts.values())  # type: ignore[union-attr]
     assert len(pools) == len(graphed._prompts) and len(set(pools)) == 1
+
+
+def test_a_capture_that_fails_leaves_prompts_to_be_read_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixed_model()
+    plain, graphed = (Decoder(model, batch=2, max_length=64, graph=graph) for graph in (False, True))
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: None)
+    monkeypatch.setattr("torch.cuda.graph", fail)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", object)
+    for _ in range(3):
+        ids = tokens(2, PROMPT)
+        torch.testing.assert_close(graphed.prefill(ids), plain.prefill(ids))
+    assert not graphed.graphs_prompts and not graphed._prompts and graphed._pool is None
+
+
+def test_a_first_reading_that_is_interrupted_is_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(mixed_model(), batch=2, max_length=64, graph=True)
+    monkeypatch.setattr(decoder, "_capture_prompts", lambda *_: pytest.fail("kernels are not compiled yet"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(decoder, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        decoder.prefill(tokens(2, PROMPT))
+    decoder.prefill(tokens(2, PROMPT))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "fp8"])
@@ -240,7 +267,7 @@ def test_only_prompts_that_launching_would_hold_up_are_read_by_graphs(
 ) -> None:
     decoder = Decoder(mixed_model(), batch=2, max_length=64)
     assert not decoder.reads_by_graph(30), "there is no GPU"
-    decoder.graphed = True
+    decoder.graphs_prompts = True
     assert decoder.reads_by_graph(30)
     decoder.select = lambda indices, at: indices
     assert not decoder.reads_by_graph(30)
@@ -261,7 +288,7 @@ def test_only_prompts_that_launching_would_hold_up_are_read_by_graphs(
     assert not decoder.reads_by_graph(30), "the room of its graph does not pass at once"
     monkeypatch.undo()
     experts = Decoder(mixed_model("qwen3_moe"), batch=1, max_length=64)
-    experts.graphed = True
+    experts.graphs_prompts = True
     assert not experts.reads_by_graph(30)
 
 
@@ -278,7 +305,7 @@ def test_kernels_are_those_of_free_launches_where_prompts_are_read_by_graphs(
     decoder = FilledUp(mixed_model(), batch=1, max_length=64)
     decoder.prefill(tokens(1, 20))
     decoder.step()
-    decoder.graphed = False
+    decoder.graphs_prompts = False
     decoder.prefill(tokens(1, 20))
     assert free == [True, False, False]
 
