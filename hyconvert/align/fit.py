@@ -97,8 +97,11 @@ def sample_rows(length: int, window: int, count: int, generator: torch.Generator
     return picked.sort().values
 
 
-def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int) -> Rows:
-    """Everything the base's attention computes at some query rows of one sequence."""
+def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int, outputs: bool = True) -> Rows:
+    """Everything the base's attention computes at some query rows of one sequence.
+
+    Without `outputs`, `out_w`, `out_o` and `target` are left out: query maps want none of them.
+    """
     attention = visit.attention
     x = visit.inputs[sequence : sequence + 1]
     q, k, v = attention.project(x)
@@ -110,6 +113,23 @@ def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int) -> Rows
     k, v = (t[0].float().repeat_interleave(ratio, 0) for t in (k, v))
     logits = (q_rot[0, :, at].float() * attention.scaling) @ k.mT
     logits = logits.masked_fill(~causal, -torch.inf)
+    if not outputs:
+        nothing = torch.empty(0)
+        lse_w, lse_o = (
+            logits.masked_fill(~mask, -torch.inf).logsumexp(-1) for mask in (causal & ~outside, outside)
+        )
+        return Rows(
+            at,
+            x[0, at].float(),
+            q[0, :, at].float(),
+            logits,
+            outside,
+            nothing,
+            nothing,
+            lse_w,
+            lse_o,
+            nothing,
+        )
     out_w, lse_w = softmax_over(logits, causal & ~outside, v)
     out_o, lse_o = softmax_over(logits, outside, v)
     return Rows(

@@ -106,7 +106,7 @@ class RowReader:
     """
 
     def __init__(self, visit: LayerVisit, settings: FitSettings, keep: bool = False) -> None:
-        self.visit, self.window = visit, visit.attention.plan_window
+        self.visit, self.window, self.full = visit, visit.attention.plan_window, settings.rows
         count, length = visit.inputs.shape[:2]
         generator = torch.Generator().manual_seed(settings.seed + visit.index)
         self.samples = {
@@ -116,10 +116,10 @@ class RowReader:
         self.kept: dict[tuple[int, int], Rows] | None = {} if keep else None
 
     def __call__(self, sequence: int, size: int) -> Rows:
-        """Rows of one sequence: `size` is the settings' `map_rows` or `rows`."""
+        """Rows of one sequence: `size` is the settings' `rows`, or `map_rows` for what a query map wants of them."""
         if self.kept is not None and (sequence, size) in self.kept:
             return self.kept[sequence, size]
-        rows = read_rows(self.visit, sequence, self.samples[size][sequence], self.window)
+        rows = read_rows(self.visit, sequence, self.samples[size][sequence], self.window, size == self.full)
         if self.kept is not None:
             self.kept[sequence, size] = rows
         return rows
