@@ -7,8 +7,9 @@ tokens. Behind each converted layer's attention the streams differ by E, and the
     min_D  sum_t || D o_t - E_t ||^2 + l || D ||^2,        W_o <- W_o + c D
 
 l is chosen for each layer by two-fold cross-validation, from the same Gram matrices; where no l gains anything on the
-other fold, the layer stays as it is. The folds are the first and the second half of the sequences: neighbours, which
-may be of one document, stay together, and prompts that are spread evenly fall into both.
+other fold, the layer stays as it is. The folds are alternate sequences. Where every other one has facts and questions
+strewn in, that asks for what carries over from one kind of text to the other; folds of both kinds allow weaker ridges,
+and on few tokens lose on other text what they gain (docs/alignment.md).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Compensation:
                 hidden.copy_(_run(layer, hidden, visit.rope, state))
             self._forget(visit.index)
             return None
-        fit = _Correction(attention, len(visit.entering)) if refit and len(visit.entering) > 1 else None
+        fit = _Correction(attention) if refit and len(visit.entering) > 1 else None
         heads: list[Tensor] = []
         hook = attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
         try:
@@ -105,10 +106,9 @@ class Compensation:
 class _Correction:
     """D [D, H d] by ridge regression, from Gram matrices of both folds."""
 
-    def __init__(self, attention: Any, sequences: int) -> None:
+    def __init__(self, attention: Any) -> None:
         weight = attention.o_proj.weight
         width, wide = weight.shape
-        self.sequences = sequences
         self.gram = weight.new_zeros(2, wide, wide, dtype=torch.float32)
         self.cross = weight.new_zeros(2, width, wide, dtype=torch.float32)
         self.energy = weight.new_zeros((), dtype=torch.float32)
@@ -116,8 +116,8 @@ class _Correction:
     def add(self, rows: slice, heads: Tensor, error: Tensor) -> None:
         """Take in heads [n, T, H d] and what is missing [n, T, D], of sequences `rows`."""
         self.energy += error.square().sum()
-        middle = max(0, min(len(heads), self.sequences // 2 - rows.start))
-        for fold, part in enumerate((slice(middle), slice(middle, None))):
+        for fold in range(2):
+            part = slice((rows.start + fold) % 2, None, 2)
             o, e = heads[part].flatten(0, 1).float(), error[part].flatten(0, 1)
             self.gram[fold] += o.mT @ o
             self.cross[fold] += e.mT @ o
