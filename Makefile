@@ -39,7 +39,7 @@ endif
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.ready $(MODEL) ## convert a real model and compare it with its base (5 to 8 minutes on 2 cores)
+demo: $(VENV)/.ready $(MODEL) ## convert a real model and compare it with its base (5 to 9 minutes on 2 cores)
 	$(BIN)/python -m hyconvert.demo $(MODEL)
 
 test: $(VENV)/.ready-dev $(MODEL) ## run the whole test suite
