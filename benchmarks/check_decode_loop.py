@@ -149,11 +149,7 @@ def check(model: Any) -> list[str]:
                     first = int((got != want).any(0).nonzero()[0]) - ids.shape[1]
                     name = f"graph={graph}, time {time}, {ids.shape[1]} tokens"
                     bad.append(f"{name}: differs from new token {first} on")
-        for length in (
-            85,
-            96,
-            85,
-        ):  # less than the graph has room for, all of it, and less again, from the graph
+        for length in (85, 96, 85):  # less than the graph has room for, all of it, less again
             ids = tokens(3, length, seed=length)
             logits = decoder.prefill(ids).clone()
             with patch.object(decoder, "graphs_prompts", False):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hyconvert.align.solve import ridge
-from hyconvert.align.walk import LayerVisit
+from hyconvert.align.walk import LayerVisit, run_layer
 from hyconvert.modeling.state import prepare_state
 from hyconvert.plan import Plan
 
@@ -65,7 +65,7 @@ class Compensation:
         before = getattr(layer, "input_layernorm", None)
         if before is None:
             for hidden, state in zip(self.hidden, self.states, strict=True):
-                hidden.copy_(_run(layer, hidden, visit.rope, state))
+                hidden.copy_(run_layer(layer, hidden, visit.rope, state))
             self._forget(visit.index)
             return None
         fit = _Correction(attention) if refit and len(visit.entering) > 1 else None
@@ -90,7 +90,7 @@ class Compensation:
         try:
             for hidden, head, state in zip(self.hidden, heads, self.states, strict=True):
                 layer.self_attn = _Given(attention.o_proj(head))
-                hidden.copy_(_run(layer, hidden, visit.rope, state))
+                hidden.copy_(run_layer(layer, hidden, visit.rope, state))
         finally:
             layer.self_attn = own
         self._forget(visit.index)
@@ -151,9 +151,3 @@ class _Given(nn.Module):
 def last_readers(plan: Plan) -> dict[int, int]:
     """By full layer, the last layer that reads it; without those that nobody reads."""
     return {layer.source: index for index, layer in enumerate(plan.layers) if layer.source is not None}
-
-
-def _run(layer: Any, hidden: Tensor, rope: Any, state: Any) -> Tensor:
-    result = layer(hidden, position_embeddings=rope, hyconvert_state=state)
-    out: Tensor = result[0] if isinstance(result, tuple) else result
-    return out

@@ -85,9 +85,14 @@ class LayerWalk:
             layer.self_attn.register_forward_hook(after),
         ]
         try:
-            result = layer(self.hidden[row : row + 1], position_embeddings=rope, hyconvert_state=state)
+            return run_layer(layer, self.hidden[row : row + 1], rope, state)[0]
         finally:
             for handle in handles:
                 handle.remove()
-        hidden: Tensor = result[0] if isinstance(result, tuple) else result
-        return hidden[0]
+
+
+def run_layer(layer: Any, hidden: Tensor, rope: Any, state: ForwardState) -> Tensor:
+    """One decoder layer on [B, T, D]."""
+    result = layer(hidden, position_embeddings=rope, hyconvert_state=state)
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out

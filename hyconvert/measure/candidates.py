@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import LayerFit, RowReader, align_layer
-from hyconvert.align.walk import LayerVisit
+from hyconvert.align.walk import LayerVisit, run_layer
 from hyconvert.modeling.attention import HyConvertAttention
-from hyconvert.modeling.state import ForwardState, OracleState, dense_state, prepare_state
+from hyconvert.modeling.state import OracleState, dense_state, prepare_state
 from hyconvert.plan import LayerPlan
 
 
@@ -47,13 +47,6 @@ def fit_candidate(
     """Align a candidate on a layer's base activations."""
     mine = LayerVisit(visit.index, candidate, visit.entering, visit.inputs, visit.outputs, visit.rope)
     return align_layer(mine, oracles, settings, reader)
-
-
-def run_layer(layer: Any, hidden: Tensor, rope: Any, state: ForwardState) -> Tensor:
-    """One decoder layer on [B, T, D]."""
-    result = layer(hidden, position_embeddings=rope, hyconvert_state=state)
-    out: Tensor = result[0] if isinstance(result, tuple) else result
-    return out
 
 
 def stack_oracles(states: list[OracleState]) -> OracleState:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import RowReader
-from hyconvert.align.walk import LayerVisit, LayerWalk
+from hyconvert.align.walk import LayerVisit, LayerWalk, run_layer
 from hyconvert.checkpoint import Source, open_source
 from hyconvert.conversion import dense_plan, load_base_as
 from hyconvert.evaluate import pick_device
 from hyconvert.measure.candidates import (
     fit_candidate,
     make_candidate,
-    run_layer,
 )
 from hyconvert.measure.costs import Costs, MeasureSettings, weigh
 from hyconvert.measure.run import measuring_dtype, read_sequences

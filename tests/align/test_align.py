@@ -183,9 +183,7 @@ def test_full_layers_and_the_base_stay_as_they_are(tiny_base: Callable[..., Path
         name for (name, mine), theirs in zip(model.named_parameters(), untouched.parameters(), strict=True)
         if not torch.equal(mine, theirs)
     }  # fmt: skip
-    assert not {
-        name for name in changed if ".layers.0." in name or ".layers.3." in name or ".layers.5." in name
-    }
+    assert not {name for name in changed if ".layers.0." in name or ".layers.3." in name}
     assert {name for name in changed if "layers.2." in name} == {"model.layers.2.self_attn.o_proj.weight"}
 
 

@@ -154,7 +154,7 @@ class Captured:
         self.replays += 1
         logits = self.decoder._read_filled(*self.arguments)
         (mine,) = (known for known in self.decoder._prompts.values() if known.graph is self)
-        mine.logits.copy_(logits)  # type: ignore[union-attr]
+        mine.logits.copy_(logits)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
@@ -165,9 +165,9 @@ class Captured:
             self.arguments = arguments
             return torch.full_like(read(*arguments), torch.nan)
 
-        self.decoder._read_filled = note  # type: ignore[method-assign]
+        self.decoder._read_filled = note
         yield
-        del self.decoder._read_filled  # type: ignore[method-assign]
+        del self.decoder._read_filled
 
 
 @pytest.mark.parametrize("pass_tokens", [1000, 80, 40])
@@ -193,7 +193,7 @@ def test_rows_that_do_not_pass_at_once_have_graphs_of_their_own(
     firsts = range(0, 3, rows)
     assert set(graphed._prompts) == {(32, padded, first) for padded in (False, True) for first in firsts}
     assert [len(known.ids) for known in graphed._prompts.values()] == 2 * [min(rows, 3 - at) for at in firsts]
-    assert all(known.graph.replays == 4 for known in graphed._prompts.values())  # type: ignore[union-attr]
+    assert all(known.graph.replays == 4 for known in graphed._prompts.values())
     assert len(pools) == len(graphed._prompts) and len(set(pools)) == 1
 
 
