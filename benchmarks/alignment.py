@@ -33,7 +33,7 @@ from hyconvert.measure.yardstick import Reading, Yardstick
 from hyconvert.modeling import HyConvertConfig
 from hyconvert.modeling.state import dense_state
 from hyconvert.plan import Plan, parse_line
-from hyconvert.retrieval import Prompts, mix_in
+from hyconvert.retrieval import REPEATED, Prompts, mix_in
 
 
 class Whole:
@@ -77,6 +77,13 @@ def main() -> None:
     parser.add_argument(
         "--retrieval", type=float, nargs="+", default=[0.5], help="share of prompts in what is aligned on"
     )
+    parser.add_argument(
+        "--repeated",
+        type=float,
+        nargs="+",
+        default=[REPEATED],
+        help="share of such a prompt that repeats passages",
+    )
     parser.add_argument("--fit", nargs="*", default=[""], metavar="NAME=NUMBER,...")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens to measure on, per text")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "alignment.json")
@@ -95,11 +102,12 @@ def main() -> None:
     same = all(known.get(key) == value for key, value in setting.items())
     rows: list[dict[str, Any]] = known["rows"] if same else []
     base: dict[str, Any] | None = None
-    for line, share, tokens in itertools.product(options.plan, options.retrieval, options.fit_tokens):
+    kinds = itertools.product(options.plan, options.retrieval, options.repeated, options.fit_tokens)
+    for line, share, repeated, tokens in kinds:
         blocks = token_blocks(
             read_texts(options.calibration), tokenizer, sequences=tokens // length, length=length, name="calibration"
         )  # fmt: skip
-        fit = mix_in(blocks, tokenizer, share)
+        fit = mix_in(blocks, tokenizer, share, repeated=repeated)
         plan = Plan(layers=parse_line(line), **settings.plan_settings())
         for changes in options.fit:
             whole = Whole(source, plan, held.prompts, settings, device)
@@ -110,13 +118,19 @@ def main() -> None:
             began = time.monotonic()
             given = numbers(changes.split(",")) if changes else {}
             align(whole.model, fit, FitSettings(**given))
-            row = {"line": line, "fit tokens": len(fit) * length, "prompts among them": share, "fit": given}
+            row = {
+                "line": line,
+                "fit tokens": len(fit) * length,
+                "prompts among them": share,
+                "repeated in them": repeated,
+            }
+            row |= {"fit": given}
             row |= {"seconds": time.monotonic() - began, **held(whole, plan)}
             rows.append(row)
             options.out.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
             ratios = [f"{row[k] / base[k]:.3f}" for k in base if k.startswith("ppl")]
             print(
-                f"{tokens:>8} {share} {changes or 'defaults':40} {ratios} KL {row['kl']:.4f} "
+                f"{tokens:>8} {share} {repeated} {changes or 'defaults':40} {ratios} KL {row['kl']:.4f} "
                 f"copy {row['copy nll'] - base['copy nll']:+.3f} needle {row['needle nll'] - base['needle nll']:+.3f} "
                 f"{row['seconds']:.0f} s  {line}", flush=True,
             )  # fmt: skip

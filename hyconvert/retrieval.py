@@ -28,6 +28,9 @@ SHORTEST = 1024
 COPIED = 64
 """Tokens of a passage that is repeated."""
 
+REPEATED = 0.2
+"""How much of a row that `mix_in` makes into a prompt repeats passages: what is hardest to keep in a conversion."""
+
 CUE = 8
 """Tokens of a repeated passage that are given before the rest counts as an answer."""
 
@@ -132,7 +135,7 @@ def make_prompts(
     )
 
 
-def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, copies: int = 4) -> Tensor:
+def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, repeated: float = REPEATED) -> Tensor:
     """Text with some of its rows made into prompts, so that what looks things up is fitted on that too.
 
     Args:
@@ -140,14 +143,14 @@ def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, copies: in
         tokenizer: a transformers tokenizer.
         share: of the rows that become prompts, spread evenly. Rows of fewer than `SHORTEST` tokens stay as they are.
         seed: of the prompts.
-        copies: passages that each prompt repeats.
+        repeated: share of a prompt's tokens that repeat passages of it; four passages are repeated at least.
     """
     if text.shape[1] < SHORTEST:
         return text
     rows = [i for i in range(len(text)) if int((i + 1) * share) > int(i * share)]
     if not rows:
         return text
-    mixed = text.clone()
+    mixed, copies = text.clone(), max(4, round(text.shape[1] * repeated / COPIED))
     mixed[rows] = make_prompts(text[rows], tokenizer, copies=copies, seed=seed + 1_000_003).tokens
     return mixed
 

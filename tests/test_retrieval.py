@@ -77,8 +77,8 @@ def test_only_a_share_of_long_rows_becomes_prompts(text: torch.Tensor, tiny_toke
 def test_mixed_in_prompts_repeat_as_many_passages_as_they_are_told(
     text: torch.Tensor, tiny_tokenizer: Any
 ) -> None:
-    for copies in (4, 7):
-        mixed = mix_in(text[:1], tiny_tokenizer, 1.0, copies=copies)[0].tolist()
+    for repeated, copies in ((0.0, 4), (0.1, 4), (0.22, 7)):  # of 2,048 tokens, 64 a passage
+        mixed = mix_in(text[:1], tiny_tokenizer, 1.0, repeated=repeated)[0].tolist()
         passages = [
             mixed[-at - COPIED : len(mixed) - at] for at in range(0, copies * (COPIED + 1), COPIED + 1)
         ]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from hyconvert.align.solve import ridge
-from hyconvert.align.walk import LayerVisit, run_layer
-from hyconvert.modeling.state import prepare_state
+from hyconvert.align.walk import LayerVisit, run_layer, state_for
+from hyconvert.modeling.state import dense_state
 from hyconvert.plan import Plan
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -32,20 +32,23 @@ class Compensation:
     """The converted model's residual stream, which follows a walk over the base.
 
     Args:
-        model: the converted model, whose layers the walk's caller fits one by one.
+        decoder: of the converted model, whose layers the walk's caller fits one by one.
+        plan: its plan.
         tokens: [N, T] int64, those of the walk.
         share: c, what of the fitted correction is applied. All of it is best for the residual stream, and somewhat less
             for perplexity.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, tokens: Tensor, share: float) -> None:
-        self.decoder, self.share = model.model, share
-        self.last_reader = last_readers(model.config.get_plan())
+    def __init__(self, decoder: Any, plan: Plan, tokens: Tensor, share: float) -> None:
+        self.decoder, self.share = decoder, share
+        self.last_reader = last_readers(plan)
         weight = self.decoder.embed_tokens.weight
         size = 8 if weight.is_cuda else 1
         self.rows = [slice(at, min(at + size, len(tokens))) for at in range(0, len(tokens), size)]
-        self.states = [prepare_state(r.stop - r.start, tokens.shape[1], weight.device) for r in self.rows]
+        self.states = [
+            dense_state(r.stop - r.start, tokens.shape[1], weight.device, plan.sources) for r in self.rows
+        ]
         self.hidden = [self.decoder.embed_tokens(tokens[r].to(weight.device)) for r in self.rows]
 
     @torch.no_grad()
@@ -61,11 +64,12 @@ class Compensation:
             By how much the squared error of the residual stream behind the layer's attention falls on the fold that is
             not fitted, as a share of it: 0 where it would rise, and nothing was changed. None if that was not tried.
         """
-        layer, attention = self.decoder.layers[visit.index], visit.attention
+        layer = self.decoder.layers[visit.index]
+        attention = layer.self_attn
         before = getattr(layer, "input_layernorm", None)
         if before is None:
             for hidden, state in zip(self.hidden, self.states, strict=True):
-                hidden.copy_(run_layer(layer, hidden, visit.rope, state))
+                hidden.copy_(run_layer(layer, hidden, visit.rope, state_for(attention, state)))
             self._forget(visit.index)
             return None
         fit = _Correction(attention) if refit and len(visit.entering) > 1 else None
@@ -73,7 +77,8 @@ class Compensation:
         hook = attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
         try:
             for rows, hidden, state in zip(self.rows, self.hidden, self.states, strict=True):
-                output = attention(before(hidden), position_embeddings=visit.rope, hyconvert_state=state)[0]
+                mine = state_for(attention, state)
+                output = attention(before(hidden), position_embeddings=visit.rope, hyconvert_state=mine)[0]
                 if fit is not None:
                     wanted = visit.entering[rows].float() + visit.outputs[rows].float()
                     fit.add(rows, heads[-1], wanted - hidden.float() - output.float())

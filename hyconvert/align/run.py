@@ -77,7 +77,8 @@ def align(
     plan = model.config.get_plan()
     walk = LayerWalk(model, tokens, plan.sources)
     last_reader = last_readers(plan)
-    compensation = Compensation(model, tokens, settings.compensation) if settings.compensation else None
+    share = settings.compensation
+    compensation = Compensation(model.model, plan, tokens, share) if share else None
     fits: list[LayerFit] = []
     for visit in walk:
         fit = None

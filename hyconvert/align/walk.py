@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,16 @@ class LayerWalk:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def state_for(attention: HyConvertAttention, dense: ForwardState) -> ForwardState:
+    """The state to run a layer of a plan with, in whichever model it stands; shares its oracle states with `dense`.
+
+    Args:
+        attention: of the layer.
+        dense: from `dense_state`, with the plan's sources.
+    """
+    return dense if attention.kind in ("full", "sliding") else replace(dense, dense=False)
 
 
 def run_layer(layer: Any, hidden: Tensor, rope: Any, state: ForwardState) -> Tensor:

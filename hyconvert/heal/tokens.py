@@ -20,12 +20,10 @@ from torch import Tensor
 from hyconvert.data import read_rows
 from hyconvert.errors import DataError
 from hyconvert.recipe import DataRecipe, Stage
-from hyconvert.retrieval import COPIED, mix_in
+from hyconvert.retrieval import mix_in
 
 BEGIN, TRAINED = 1, 2
 """Flags of a token: it is the first of its document; predicting it is trained."""
-REPEATED = 0.2
-"""How much of a prompt made for retrieval repeats passages: what is hardest to get back after conversion."""
 _TEXTS_AT_ONCE = 64
 _BUFFER_CHARACTERS = 2**28
 
@@ -185,8 +183,7 @@ def with_retrieval(
             break
         part = slice(first * length, (first + rows) * length)
         text = tokens[part].reshape(rows, length)  # a view, as are the flags
-        repeats = max(4, round(length * REPEATED / COPIED))
-        mixed = mix_in(torch.from_numpy(text.astype(np.int64)), tokenizer, share, seed, repeats).numpy()
+        mixed = mix_in(torch.from_numpy(text.astype(np.int64)), tokenizer, share, seed).numpy()
         changed = (mixed != text).any(1)
         text[changed] = mixed[changed]
         flags[part].reshape(rows, length)[changed] = TRAINED

@@ -1,20 +1,22 @@
-"""The true damage of assembled plans: layers fitted once each, plans put together from them and measured as a whole."""
+"""The true damage of whole plans: layers fitted once each, plans put together from them, compensated and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hyconvert.align.compensate import Compensation
 from hyconvert.align.fit import FitSettings
 from hyconvert.align.run import RowReader
-from hyconvert.align.walk import LayerVisit, LayerWalk, run_layer
+from hyconvert.align.walk import LayerVisit, LayerWalk, run_layer, state_for
 from hyconvert.checkpoint import Source, open_source
-from hyconvert.conversion import dense_plan, load_base_as
+from hyconvert.conversion import Calibration, dense_plan, load_base_as
 from hyconvert.evaluate import pick_device
 from hyconvert.measure.candidates import (
     fit_candidate,
@@ -34,8 +36,8 @@ from hyconvert.retrieval import Prompts
 class JointEvaluator:
     """Measures whole plans on the prompts that the costs were measured on.
 
-    Fits depend on base activations alone, so a layer's fit is made once and serves every plan that has it. Holds the
-    base's activations at all layers on the fitted tokens.
+    Fits depend on base activations alone, so a layer's fit is made once and serves every plan that has it; what output
+    projections make up for is fitted for each plan. Holds the base's activations at all layers on the fitted tokens.
 
     Args:
         source: the base.
@@ -63,10 +65,12 @@ class JointEvaluator:
         self.visits: dict[int, LayerVisit] = {}
         with progress("Running the base", total=len(plan.layers)) as step:
             for visit in walk:
-                self.visits[visit.index] = replace(visit, entering=torch.empty(0))
+                self.visits[visit.index] = visit
                 step()
         self.oracles: dict[int, list[OracleState]] = walk.oracle_states
+        self.tokens = tokens
         self.fitted: dict[tuple[int, str, int | None], HyConvertAttention] = {}
+        self.compensated: tuple[str, list[Tensor]] = ("", [])
         self.yardstick = Yardstick(self.model, prompts, self.hidden(None, prompts.tokens), settings)
 
     @classmethod
@@ -77,9 +81,18 @@ class JointEvaluator:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        fit_tokens: int | None = None,
         progress: Progress = silent,
     ) -> JointEvaluator:
         """The evaluator that measures on what the costs were measured on.
+
+        Args:
+            base: Hugging Face id, folder or `.gguf` file.
+            costs: of that base.
+            device, dtype: where and in what to compute, as `measure` takes them.
+            fit_tokens: tokens to align on. By default those of the costs, on a GPU as many as `convert` takes at least,
+                since compensation wants many.
+            progress: told about the base's layers.
 
         Raises:
             PlanError: the costs belong to another base.
@@ -87,7 +100,9 @@ class JointEvaluator:
         where = pick_device(device)
         source = open_source(base, revision=costs.revision, dtype=measuring_dtype(dtype, where))
         costs.check_base(source.fingerprint, str(base))
-        tokens, prompts = read_sequences(source, costs.settings)
+        if fit_tokens is None:
+            fit_tokens = max(costs.settings.fit_tokens, Calibration.tokens if where.type == "cuda" else 0)
+        tokens, prompts = read_sequences(source, costs.settings, fit_tokens)
         return cls(source, costs.settings, tokens, prompts, where, progress)
 
     def attention(self, layer: int, choice: LayerPlan) -> nn.Module:
@@ -115,28 +130,60 @@ class JointEvaluator:
     @torch.no_grad()
     def hidden(self, plan: Plan | None, tokens: Tensor) -> Tensor:
         """Final hidden states [N, T, D] on tokens [N, T] under a plan; the base's if there is none."""
-        decoder, outputs = self.model.model, []
-        own = [layer.self_attn for layer in decoder.layers]
-        used = own if plan is None else [self.attention(i, c) for i, c in enumerate(plan.layers)]
-        batch = 8 if self.device.type == "cuda" else 1
+        if plan is None:
+            return self._run(tokens, frozenset())
+        with self._assembled(plan):
+            layers = [layer.self_attn for layer in self.model.model.layers]
+            projections = [layer.o_proj for layer in layers if layer.kind not in ("full", "sliding")]
+            fitted = [projection.weight.clone() for projection in projections]
+            try:
+                if self.compensated[0] != plan.line:
+                    self._compensate(plan)
+                    self.compensated = plan.line, [projection.weight.clone() for projection in projections]
+                for projection, weight in zip(projections, self.compensated[1], strict=True):
+                    projection.weight.copy_(weight)
+                return self._run(tokens, plan.sources)
+            finally:
+                for projection, weight in zip(projections, fitted, strict=True):
+                    projection.weight.copy_(weight)
+
+    @contextmanager
+    def _assembled(self, plan: Plan) -> Iterator[None]:
+        """The model with the plan's layers in place of its own."""
+        layers = self.model.model.layers
+        own, used = (
+            [layer.self_attn for layer in layers],
+            [self.attention(i, c) for i, c in enumerate(plan.layers)],
+        )
         try:
-            for layer, module in zip(decoder.layers, used, strict=True):
+            for layer, module in zip(layers, used, strict=True):
                 layer.self_attn = module
-            for at in range(0, len(tokens), batch):
-                rows = tokens[at : at + batch].to(self.device)
-                hidden = decoder.embed_tokens(rows)
-                positions = torch.arange(rows.shape[1], device=self.device)[None]
-                rope = decoder.rotary_emb(hidden[:1], position_ids=positions)
-                wanted = plan.sources if plan is not None else frozenset()
-                dense = dense_state(rows.shape[0], rows.shape[1], self.device, wanted)
-                sparse = replace(dense, dense=False)  # shares the oracle states
-                for layer in decoder.layers:
-                    whole = layer.self_attn.kind in ("full", "sliding")
-                    hidden = run_layer(layer, hidden, rope, dense if whole else sparse)
-                outputs.append(decoder.norm(hidden))
+            yield
         finally:
-            for layer, module in zip(decoder.layers, own, strict=True):
+            for layer, module in zip(layers, own, strict=True):
                 layer.self_attn = module
+
+    def _compensate(self, plan: Plan) -> None:
+        """Let the assembled model's output projections make up for what its earlier layers have changed."""
+        if not self.fit.compensation:
+            return
+        compensation = Compensation(self.model.model, plan, self.tokens, self.fit.compensation)
+        for index, layer in enumerate(plan.layers):
+            compensation.follow(self.visits[index], refit=layer.kind not in ("full", "sliding"))
+
+    def _run(self, tokens: Tensor, sources: frozenset[int]) -> Tensor:
+        """Final hidden states [N, T, D] of the model as it is assembled."""
+        decoder, outputs = self.model.model, []
+        batch = 8 if self.device.type == "cuda" else 1
+        for at in range(0, len(tokens), batch):
+            rows = tokens[at : at + batch].to(self.device)
+            hidden = decoder.embed_tokens(rows)
+            positions = torch.arange(rows.shape[1], device=self.device)[None]
+            rope = decoder.rotary_emb(hidden[:1], position_ids=positions)
+            dense = dense_state(rows.shape[0], rows.shape[1], self.device, sources)
+            for layer in decoder.layers:
+                hidden = run_layer(layer, hidden, rope, state_for(layer.self_attn, dense))
+            outputs.append(decoder.norm(hidden))
         return torch.cat(outputs)
 
 

@@ -112,8 +112,16 @@ def _open_costs(
     return fresh
 
 
-def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Tensor, Prompts]:
+def read_sequences(
+    source: Source, settings: MeasureSettings, fit_tokens: int | None = None
+) -> tuple[torch.Tensor, Prompts]:
     """[N, T] tokens to fit on, and prompts to measure on, from different parts of the calibration text.
+
+    Args:
+        source: the base.
+        settings: how much text, and of which kind.
+        fit_tokens: if more than the settings', text behind the prompts is fitted on too, as far as there is some. The
+            prompts stay the same.
 
     Raises:
         DataError: the text is too short, or its sequences are longer than the base was trained for.
@@ -124,8 +132,8 @@ def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Ten
     name = f"the calibration text {settings.calibration or BUILTIN}"
     tokenizer = source.load_tokenizer()
     blocks = token_blocks(
-        read_texts(settings.calibration, column=settings.column), tokenizer, sequences=fits + settings.prompts,
-        length=length, name=name,
+        read_texts(settings.calibration, column=settings.column), tokenizer,
+        sequences=max(fits, (fit_tokens or 0) // length) + settings.prompts, length=length, name=name,
     )  # fmt: skip
     if len(blocks) < fits + settings.prompts:
         raise DataError(
@@ -133,11 +141,13 @@ def read_sequences(source: Source, settings: MeasureSettings) -> tuple[torch.Ten
             f"{settings.prompts} to measure; give more text, or lower --fit-tokens, --prompts or "
             "--sequence-length of hyconvert measure"
         )
+    end = fits + settings.prompts
     prompts = make_prompts(
-        blocks[fits:], tokenizer, questions=settings.questions, decoys=settings.decoys, copies=settings.copies,
+        blocks[fits:end], tokenizer, questions=settings.questions, decoys=settings.decoys, copies=settings.copies,
         seed=settings.seed,
     )  # fmt: skip
-    return mix_in(blocks[:fits], tokenizer, settings.retrieval, settings.seed), prompts
+    fitted = torch.cat((blocks[:fits], blocks[end:]))
+    return mix_in(fitted, tokenizer, settings.retrieval, settings.seed), prompts
 
 
 class Measurement:

@@ -198,7 +198,7 @@ def test_one_sequence_or_no_gain_leaves_output_projections(tiny_base: Callable[.
 def test_the_stream_is_the_converted_model_s(tiny_base: Callable[..., Path], family: str) -> None:
     model, tokens = _converted(tiny_base(family), "F S0 R0 W"), _tokens(5)
     walk = LayerWalk(model, tokens, model.config.get_plan().sources)
-    compensation = Compensation(model, tokens, 1.0)
+    compensation = Compensation(model.model, model.config.get_plan(), tokens, 1.0)
     for visit in walk:
         compensation.follow(visit, refit=False)
     assert not any(state.oracle for state in compensation.states)

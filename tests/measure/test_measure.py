@@ -1,16 +1,19 @@
 """Measured costs on tiny models: what is measured, that it is true, and that it is kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hyconvert.align import align
 from hyconvert.checkpoint import open_source
-from hyconvert.conversion import Calibration, convert
+from hyconvert.conversion import Calibration, convert, load_base_as
 from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
+from hyconvert.modeling import HyConvertConfig
 from hyconvert.plan import Plan, parse_line
 from hyconvert.planning import choose, read_costs
 from hyconvert.solve import Budget, Rules
@@ -63,13 +66,28 @@ def test_every_candidate_is_measured(costs: Costs) -> None:
 
 @pytest.mark.parametrize("line", ["F*2 W F", "F*2 S0 F", "F*3 R1"])
 def test_a_cost_is_the_true_damage_of_the_plan_with_that_layer_alone(
-    line: str, costs: Costs, evaluator: JointEvaluator
+    line: str, costs: Costs, evaluator: JointEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluator, "fit", replace(evaluator.fit, compensation=0.0))
+    monkeypatch.setattr(evaluator, "compensated", ("", []))
     plan = Plan(layers=parse_line(line), **costs.settings.plan_settings())
     reading = evaluator.read(plan)
     for tasks in (None, {"copy"}, {"needle", "multivalue"}):
         predicted = costs.predicted(plan, 3.0, tasks)
         assert evaluator.weigh(reading, 3.0, tasks) == pytest.approx(predicted, rel=1e-4)
+
+
+def test_whole_plans_are_measured_with_compensation_and_as_they_are_converted(
+    base: Path, costs: Costs, evaluator: JointEvaluator
+) -> None:
+    plan = Plan(layers=parse_line("F W S0 S0"), **costs.settings.plan_settings())
+    source = open_source(base)
+    model = load_base_as(HyConvertConfig.from_base(source.config, plan), source, torch.device("cpu"))
+    align(model, evaluator.tokens, evaluator.fit)
+    tokens = evaluator.prompts.tokens[:1]
+    for wanted in (plan, Plan(layers=parse_line("F*4"), **costs.settings.plan_settings()), plan):
+        hidden = evaluator.hidden(wanted, tokens)
+    torch.testing.assert_close(hidden, model.model(tokens).last_hidden_state, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_changed_costs_nothing(costs: Costs, evaluator: JointEvaluator) -> None:
