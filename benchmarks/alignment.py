@@ -75,10 +75,10 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--fit-tokens", type=int, nargs="+", default=[65_536])
     parser.add_argument(
-        "--retrieval", type=float, nargs="+", default=[0.5], help="share of prompts in what is aligned on"
+        "--retrieval", type=float, nargs="+", default=[1.0], help="share of prompts in what is aligned on"
     )
     parser.add_argument(
-        "--repeated",
+        "--repeats",
         type=float,
         nargs="+",
         default=[REPEATED],
@@ -102,12 +102,12 @@ def main() -> None:
     same = all(known.get(key) == value for key, value in setting.items())
     rows: list[dict[str, Any]] = known["rows"] if same else []
     base: dict[str, Any] | None = None
-    kinds = itertools.product(options.plan, options.retrieval, options.repeated, options.fit_tokens)
-    for line, share, repeated, tokens in kinds:
+    kinds = itertools.product(options.plan, options.retrieval, options.repeats, options.fit_tokens)
+    for line, share, repeats, tokens in kinds:
         blocks = token_blocks(
             read_texts(options.calibration), tokenizer, sequences=tokens // length, length=length, name="calibration"
         )  # fmt: skip
-        fit = mix_in(blocks, tokenizer, share, repeated=repeated)
+        fit = mix_in(blocks, tokenizer, share, repeats=repeats)
         plan = Plan(layers=parse_line(line), **settings.plan_settings())
         for changes in options.fit:
             whole = Whole(source, plan, held.prompts, settings, device)
@@ -117,12 +117,12 @@ def main() -> None:
                 print(base, flush=True)
             began = time.monotonic()
             given = numbers(changes.split(",")) if changes else {}
-            align(whole.model, fit, FitSettings(**given))
+            align(whole.model, fit.tokens, FitSettings(**given), fit.asked)
             row = {
                 "line": line,
                 "fit tokens": len(fit) * length,
                 "prompts among them": share,
-                "repeated in them": repeated,
+                "repeats in them": repeats,
             }
             row |= {"fit": given}
             row |= {"seconds": time.monotonic() - began, **held(whole, plan)}
@@ -130,7 +130,7 @@ def main() -> None:
             options.out.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
             ratios = [f"{row[k] / base[k]:.3f}" for k in base if k.startswith("ppl")]
             print(
-                f"{tokens:>8} {share} {repeated} {changes or 'defaults':40} {ratios} KL {row['kl']:.4f} "
+                f"{tokens:>8} {share} {repeats} {changes or 'defaults':40} {ratios} KL {row['kl']:.4f} "
                 f"copy {row['copy nll'] - base['copy nll']:+.3f} needle {row['needle nll'] - base['needle nll']:+.3f} "
                 f"{row['seconds']:.0f} s  {line}", flush=True,
             )  # fmt: skip

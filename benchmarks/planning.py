@@ -155,7 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens to measure on, per text")
     parser.add_argument(
-        "--retrieval", type=float, nargs="+", default=[0.5], help="share of prompts in what is aligned on"
+        "--retrieval", type=float, nargs="+", default=[1.0], help="share of prompts in what is aligned on"
     )
     parser.add_argument("--only", nargs="+", help="names of the contenders to run")
     parser.add_argument("--refine", type=int, default=0, help="swaps tried per measured plan")

@@ -78,7 +78,10 @@ def convert(
     calibration_column: Annotated[str, typer.Option(help="Text column of a dataset.")] = "text",
     calibration_retrieval: Annotated[
         float, typer.Option(min=0, max=1, help="Share of it with synthetic facts and repeats strewn in.")
-    ] = 0.5,
+    ] = 1.0,
+    calibration_repeats: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of these that repeats passages.")
+    ] = 0.2,
     sequence_length: Annotated[
         int | None,
         typer.Option(min=64, help="Tokens per sequence.  [default: 2048, or the base's positions if fewer]"),
@@ -159,7 +162,12 @@ def convert(
             costs=costs,
             align_layers=align,
             calibration=conversion.Calibration(
-                calibration, calibration_tokens, sequence_length, calibration_column, calibration_retrieval
+                calibration,
+                calibration_tokens,
+                sequence_length,
+                calibration_column,
+                calibration_retrieval,
+                calibration_repeats,
             ),
             fit=FitSettings(seed=seed),
             dtype=dtype,

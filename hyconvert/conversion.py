@@ -24,7 +24,7 @@ from hyconvert.modeling.families import base_window, family_of_base
 from hyconvert.modeling.model import model_class_of
 from hyconvert.plan import LayerPlan, Plan, nearest_sources, parse_line, uniform_full_layers
 from hyconvert.progress import Progress, silent
-from hyconvert.retrieval import mix_in
+from hyconvert.retrieval import REPEATED, Mixed, mix_in
 from hyconvert_kernels.dispatch import attention_problem
 
 HELDOUT_SEQUENCES = 2
@@ -42,13 +42,15 @@ class Calibration:
         sequence_length: tokens per sequence, T; None is 2,048, or the base's positions if those are fewer.
         column: the text column of formats with columns.
         retrieval: share of the sequences that have facts, questions and repeats strewn in (`hyconvert.retrieval`).
+        repeats: share of such a sequence that repeats passages of it.
     """
 
     source: str | None = None
     tokens: int = 65_536
     sequence_length: int | None = None
     column: str = "text"
-    retrieval: float = 0.5
+    retrieval: float = 1.0
+    repeats: float = REPEATED
 
     def suited_to(self, config: Any) -> Calibration:
         """The same with a sequence length, for a base of this config.
@@ -264,8 +266,9 @@ def convert(
         report.warnings = kernel_warnings(source.config, chosen)
         if calibration is not None:
             report.calibration = calibration
-            tokens = read_calibration(source, calibration)
-            changed, added = _align(source, config, tokens, fit or FitSettings(), where, report, progress)
+            fitted, heldout = read_calibration(source, calibration)
+            fit = fit or FitSettings()
+            changed, added = _align(source, config, fitted, heldout, fit, where, report, progress)
         else:
             changed, added = {}, initial_tensors(config)
         _write_weights(writer, source, changed, added, progress)
@@ -325,8 +328,8 @@ def measured_plan(
     return report.solution.plan, report.to_dict()
 
 
-def read_calibration(source: Source, calibration: Calibration) -> Tensor:
-    """[N, T] tokens to fit on, and `HELDOUT_SEQUENCES` more rows at the end to measure on.
+def read_calibration(source: Source, calibration: Calibration) -> tuple[Mixed, Tensor]:
+    """Text to fit on, and [n, T] tokens to measure on, `HELDOUT_SEQUENCES` rows if there are as many.
 
     Args:
         source: the base.
@@ -340,9 +343,8 @@ def read_calibration(source: Source, calibration: Calibration) -> Tensor:
     tokenizer = source.load_tokenizer()
     blocks = token_blocks(texts, tokenizer, sequences=wanted, length=length, name=name)
     held = min(HELDOUT_SEQUENCES, len(blocks) - 1)
-    return torch.cat(
-        (mix_in(blocks[: len(blocks) - held], tokenizer, calibration.retrieval), blocks[len(blocks) - held :])
-    )
+    fitted, heldout = blocks[: len(blocks) - held], blocks[len(blocks) - held :]
+    return mix_in(fitted, tokenizer, calibration.retrieval, repeats=calibration.repeats), heldout
 
 
 def dense_plan(config: Any, **settings: Any) -> Plan:
@@ -366,7 +368,8 @@ def load_base_as(config: Any, source: Source, device: torch.device) -> Any:
 def _align(
     source: Source,
     config: Any,
-    tokens: Tensor,
+    text: Mixed,
+    heldout: Tensor,
     fit: FitSettings,
     device: torch.device,
     report: ConversionReport,
@@ -375,16 +378,15 @@ def _align(
     """Align, and give the base tensors that changed and the tensors that are new."""
     with progress("Loading the base", total=1):
         model = load_base_as(config, source, device)
-    held = min(HELDOUT_SEQUENCES, len(tokens) - 1)
-    heldout, tokens = tokens[len(tokens) - held :], tokens[: len(tokens) - held]
-
-    if held:
-        with progress("Measuring the base", total=held) as step:
+    if len(heldout):
+        with progress("Measuring the base", total=len(heldout)) as step:
             report.perplexity["base"] = perplexity(model, heldout, as_base=True, on_sequence=step)
     with progress("Aligning", total=config.num_hidden_layers) as step:
-        report.fits = align(model, tokens, fit, on_layer=lambda layer, fitted: step(describe(layer, fitted)))
-    if held:
-        with progress("Measuring the conversion", total=held) as step:
+        report.fits = align(
+            model, text.tokens, fit, text.asked, on_layer=lambda layer, fitted: step(describe(layer, fitted))
+        )
+    if len(heldout):
+        with progress("Measuring the conversion", total=len(heldout)) as step:
             report.perplexity["converted"] = perplexity(model, heldout, on_sequence=step)
     changed, added = {}, {}
     for layer, attention in enumerate(model.model.layers):

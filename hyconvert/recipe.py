@@ -222,7 +222,8 @@ class CalibrationRecipe(_Frozen):
     tokens: Count = 65_536
     sequence_length: Count | None = None
     column: str = "text"
-    retrieval: float = Field(default=0.5, ge=0, le=1)
+    retrieval: float = Field(default=1.0, ge=0, le=1)
+    repeats: float = Field(default=0.2, ge=0, le=0.5)
 
 
 class ConvertRecipe(_Frozen):

@@ -135,7 +135,33 @@ def make_prompts(
     )
 
 
-def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, repeated: float = REPEATED) -> Tensor:
+@dataclass(frozen=True)
+class Mixed:
+    """Text some of whose rows are prompts.
+
+    Attributes:
+        tokens: [N, T] int64.
+        asked: [N, T] bool, where the token that follows is part of an answer.
+    """
+
+    tokens: Tensor
+    asked: Tensor
+
+    @classmethod
+    def plain(cls, tokens: Tensor) -> Mixed:
+        """Text in which nothing is asked."""
+        return cls(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> Mixed:
+        """Some of the rows."""
+        return Mixed(self.tokens[rows], self.asked[rows])
+
+
+def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, repeats: float = REPEATED) -> Mixed:
     """Text with some of its rows made into prompts, so that what looks things up is fitted on that too.
 
     Args:
@@ -143,15 +169,19 @@ def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, repeated: 
         tokenizer: a transformers tokenizer.
         share: of the rows that become prompts, spread evenly. Rows of fewer than `SHORTEST` tokens stay as they are.
         seed: of the prompts.
-        repeated: share of a prompt's tokens that repeat passages of it; four passages are repeated at least.
+        repeats: share of a prompt's tokens that repeat passages of it. Four passages are repeated at least, and just
+            four in rows of fewer than two times `SHORTEST` tokens.
     """
-    if text.shape[1] < SHORTEST:
-        return text
+    length = text.shape[1]
+    mixed = Mixed.plain(text.clone())
     rows = [i for i in range(len(text)) if int((i + 1) * share) > int(i * share)]
-    if not rows:
-        return text
-    mixed, copies = text.clone(), max(4, round(text.shape[1] * repeated / COPIED))
-    mixed[rows] = make_prompts(text[rows], tokenizer, copies=copies, seed=seed + 1_000_003).tokens
+    if not rows or length < SHORTEST:
+        return mixed
+    copies = max(4, round(length * repeats / COPIED)) if length >= 2 * SHORTEST else 4
+    prompts = make_prompts(text[rows], tokenizer, copies=copies, seed=seed + 1_000_003)
+    mixed.tokens[rows] = prompts.tokens
+    for answer in prompts.answers:
+        mixed.asked[rows[answer.row], answer.start - 1 : answer.end - 1] = True
     return mixed
 
 

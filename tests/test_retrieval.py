@@ -68,17 +68,27 @@ def test_a_model_that_knows_scores_zero_and_exact(text: torch.Tensor, tiny_token
 def test_only_a_share_of_long_rows_becomes_prompts(text: torch.Tensor, tiny_tokenizer: Any) -> None:
     rows = torch.cat((text, text))[:4]
     mixed = mix_in(rows, tiny_tokenizer, 0.5)
-    changed = [bool((a != b).any()) for a, b in zip(rows, mixed, strict=True)]
-    assert changed == [False, True, False, True]
-    assert torch.equal(mix_in(rows, tiny_tokenizer, 0.0), rows)
-    assert torch.equal(mix_in(rows[:, :512], tiny_tokenizer, 1.0), rows[:, :512])
+    changed = [bool((a != b).any()) for a, b in zip(rows, mixed.tokens, strict=True)]
+    assert changed == mixed.asked.any(1).tolist() == [False, True, False, True]
+    for plain, share in ((rows, 0.0), (rows[:, :512], 1.0)):
+        unchanged = mix_in(plain, tiny_tokenizer, share)
+        assert torch.equal(unchanged.tokens, plain) and not unchanged.asked.any()
+
+
+def test_tokens_before_those_of_an_answer_are_marked(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    mixed = mix_in(text, tiny_tokenizer, 0.5, seed=3)
+    prompts = make_prompts(text[1:2], tiny_tokenizer, copies=6, seed=3 + 1_000_003)
+    answers = [range(answer.start, answer.end) for answer in prompts.answers]
+    assert torch.equal(mixed.tokens[1:2], prompts.tokens)
+    assert (mixed.asked[1].nonzero()[:, 0] + 1).tolist() == sorted(at for answer in answers for at in answer)
+    assert torch.equal(mixed[1:].asked, mixed.asked[1:]) and len(mixed[1:]) == 2
 
 
 def test_mixed_in_prompts_repeat_as_many_passages_as_they_are_told(
     text: torch.Tensor, tiny_tokenizer: Any
 ) -> None:
-    for repeated, copies in ((0.0, 4), (0.1, 4), (0.22, 7)):  # of 2,048 tokens, 64 a passage
-        mixed = mix_in(text[:1], tiny_tokenizer, 1.0, repeated=repeated)[0].tolist()
+    for repeats, copies in ((0.0, 4), (0.1, 4), (0.22, 7)):  # of 2,048 tokens, 64 a passage
+        mixed = mix_in(text[:1], tiny_tokenizer, 1.0, repeats=repeats).tokens[0].tolist()
         passages = [
             mixed[-at - COPIED : len(mixed) - at] for at in range(0, copies * (COPIED + 1), COPIED + 1)
         ]

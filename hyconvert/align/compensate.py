@@ -4,12 +4,11 @@ Each layer is fitted to the base's attention on the base's activations. In the c
 errors so far lie in the residual stream. Here the converted model runs beside the base, layer by layer on the same
 tokens. Behind each converted layer's attention the streams differ by E, and the layer's heads o predict a part of it:
 
-    min_D  sum_t || D o_t - E_t ||^2 + l || D ||^2,        W_o <- W_o + c D
+    min_D  sum_t w_t || D o_t - E_t ||^2 + l || D ||^2,        W_o <- W_o + c D
 
-l is chosen for each layer by two-fold cross-validation, from the same Gram matrices; where no l gains anything on the
-other fold, the layer stays as it is. The folds are alternate sequences. Where every other one has facts and questions
-strewn in, that asks for what carries over from one kind of text to the other; folds of both kinds allow weaker ridges,
-and on few tokens lose on other text what they gain (docs/alignment.md).
+w_t is 1, and more where the next token has to be looked up far back (`hyconvert.retrieval`): few tokens do, and what
+they need is what a conversion loses first. l is chosen for each layer by two-fold cross-validation, from the same Gram
+matrices; where no l gains anything on the other fold, the layer stays as it is. The folds are alternate sequences.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hyconvert.align.fit import FitSettings
 from hyconvert.align.solve import ridge
 from hyconvert.align.walk import LayerVisit, run_layer, state_for
 from hyconvert.modeling.state import dense_state
@@ -35,15 +35,20 @@ class Compensation:
         decoder: of the converted model, whose layers the walk's caller fits one by one.
         plan: its plan.
         tokens: [N, T] int64, those of the walk.
-        share: c, what of the fitted correction is applied. All of it is best for the residual stream, and somewhat less
-            for perplexity.
+        settings: `compensation` is c, what of the fitted correction is applied: all of it is best for the residual
+            stream, and somewhat less for perplexity. `emphasis` is the weight of tokens that are asked for.
+        asked: [N, T] bool, where the token that follows is to be looked up far back; None for nowhere.
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: Any, plan: Plan, tokens: Tensor, share: float) -> None:
-        self.decoder, self.share = decoder, share
+    def __init__(
+        self, decoder: Any, plan: Plan, tokens: Tensor, settings: FitSettings, asked: Tensor | None = None
+    ) -> None:
+        self.decoder, self.share = decoder, settings.compensation
         self.last_reader = last_readers(plan)
         weight = self.decoder.embed_tokens.weight
+        asked = torch.zeros_like(tokens, dtype=torch.bool) if asked is None else asked
+        self.weights = (1.0 + (settings.emphasis - 1) * asked).to(weight.device)
         size = 8 if weight.is_cuda else 1
         self.rows = [slice(at, min(at + size, len(tokens))) for at in range(0, len(tokens), size)]
         self.states = [
@@ -81,7 +86,8 @@ class Compensation:
                 output = attention(before(hidden), position_embeddings=visit.rope, hyconvert_state=mine)[0]
                 if fit is not None:
                     wanted = visit.entering[rows].float() + visit.outputs[rows].float()
-                    fit.add(rows, heads[-1], wanted - hidden.float() - output.float())
+                    missing = wanted - hidden.float() - output.float()
+                    fit.add(rows, heads[-1], missing, self.weights[rows])
         finally:
             hook.remove()
         gain = None
@@ -118,14 +124,15 @@ class _Correction:
         self.cross = weight.new_zeros(2, width, wide, dtype=torch.float32)
         self.energy = weight.new_zeros((), dtype=torch.float32)
 
-    def add(self, rows: slice, heads: Tensor, error: Tensor) -> None:
-        """Take in heads [n, T, H d] and what is missing [n, T, D], of sequences `rows`."""
-        self.energy += error.square().sum()
+    def add(self, rows: slice, heads: Tensor, error: Tensor, weights: Tensor) -> None:
+        """Take in heads [n, T, H d], what is missing [n, T, D] and weights [n, T], of sequences `rows`."""
+        self.energy += (error.square().sum(-1) * weights).sum()
         for fold in range(2):
             part = slice((rows.start + fold) % 2, None, 2)
             o, e = heads[part].flatten(0, 1).float(), error[part].flatten(0, 1)
-            self.gram[fold] += o.mT @ o
-            self.cross[fold] += e.mT @ o
+            weighted = o * weights[part].flatten()[:, None]
+            self.gram[fold] += o.mT @ weighted
+            self.cross[fold] += e.mT @ weighted
 
     def solve(self) -> tuple[Tensor, float]:
         """D, and what it gains on the fold that it is not fitted on, as a share of the error there."""

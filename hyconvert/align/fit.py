@@ -36,6 +36,7 @@ class FitSettings:
         refit_output: refit the output projection.
         compensation: how much of a second fit of output projections is applied, by which they make up for what earlier
             converted layers have changed (`compensate.py`); 0 leaves that out.
+        emphasis: how many times as much as others those tokens count in it that have to be looked up far back.
         seed: of the row sample.
     """
 
@@ -50,6 +51,7 @@ class FitSettings:
     gate_steps: int = 2
     refit_output: bool = True
     compensation: float = 0.75
+    emphasis: float = 8.0
     seed: int = 0
 
     def suited(self, sequences: int) -> FitSettings:

@@ -60,6 +60,7 @@ def align(
     model: Any,
     tokens: Tensor,
     settings: FitSettings | None = None,
+    asked: Tensor | None = None,
     on_layer: Callable[[int, LayerFit | None], None] | None = None,
 ) -> list[LayerFit]:
     """Align every converted layer of a model in closed form; the model's new parameters are set in place.
@@ -68,6 +69,7 @@ def align(
         model: a converted model (`HyConvertForCausalLM`) that holds the base's weights.
         tokens: [N, T] int64 calibration tokens.
         settings: what to fit and how firmly.
+        asked: [N, T] bool, where the token that follows is to be looked up far back (`hyconvert.retrieval.Mixed`).
         on_layer: called after each layer with its index and its fit (None where nothing was fitted).
 
     Returns:
@@ -77,8 +79,7 @@ def align(
     plan = model.config.get_plan()
     walk = LayerWalk(model, tokens, plan.sources)
     last_reader = last_readers(plan)
-    share = settings.compensation
-    compensation = Compensation(model.model, plan, tokens, share) if share else None
+    compensation = Compensation(model.model, plan, tokens, settings, asked) if settings.compensation else None
     fits: list[LayerFit] = []
     for visit in walk:
         fit = None

@@ -183,7 +183,7 @@ def with_retrieval(
             break
         part = slice(first * length, (first + rows) * length)
         text = tokens[part].reshape(rows, length)  # a view, as are the flags
-        mixed = mix_in(torch.from_numpy(text.astype(np.int64)), tokenizer, share, seed).numpy()
+        mixed = mix_in(torch.from_numpy(text.astype(np.int64)), tokenizer, share, seed).tokens.numpy()
         changed = (mixed != text).any(1)
         text[changed] = mixed[changed]
         flags[part].reshape(rows, length)[changed] = TRAINED

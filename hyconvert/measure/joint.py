@@ -30,7 +30,7 @@ from hyconvert.modeling.configuration import HyConvertConfig
 from hyconvert.modeling.state import OracleState, dense_state
 from hyconvert.plan import LayerPlan, Plan
 from hyconvert.progress import Progress, silent
-from hyconvert.retrieval import Prompts
+from hyconvert.retrieval import Mixed, Prompts
 
 
 class JointEvaluator:
@@ -42,7 +42,7 @@ class JointEvaluator:
     Args:
         source: the base.
         settings: block size and so on, rows to fit on, positions to compare.
-        tokens: [N, T] int64 tokens to fit on.
+        text: what to fit on.
         prompts: what plans are measured on.
         device: where to compute.
         progress: told about the base's layers.
@@ -52,7 +52,7 @@ class JointEvaluator:
         self,
         source: Source,
         settings: MeasureSettings,
-        tokens: Tensor,
+        text: Mixed,
         prompts: Prompts,
         device: torch.device,
         progress: Progress = silent,
@@ -61,14 +61,14 @@ class JointEvaluator:
         self.fit = FitSettings(rows=settings.rows, map_rows=settings.map_rows, seed=settings.seed)
         plan = dense_plan(source.config, **settings.plan_settings())
         self.model: Any = load_base_as(HyConvertConfig.from_base(source.config, plan), source, device)
-        walk = LayerWalk(self.model, tokens, frozenset(plan.full_layers))
+        walk = LayerWalk(self.model, text.tokens, frozenset(plan.full_layers))
         self.visits: dict[int, LayerVisit] = {}
         with progress("Running the base", total=len(plan.layers)) as step:
             for visit in walk:
                 self.visits[visit.index] = visit
                 step()
         self.oracles: dict[int, list[OracleState]] = walk.oracle_states
-        self.tokens = tokens
+        self.text = text
         self.fitted: dict[tuple[int, str, int | None], HyConvertAttention] = {}
         self.compensated: tuple[str, list[Tensor]] = ("", [])
         self.yardstick = Yardstick(self.model, prompts, self.hidden(None, prompts.tokens), settings)
@@ -102,8 +102,8 @@ class JointEvaluator:
         costs.check_base(source.fingerprint, str(base))
         if fit_tokens is None:
             fit_tokens = max(costs.settings.fit_tokens, Calibration.tokens if where.type == "cuda" else 0)
-        tokens, prompts = read_sequences(source, costs.settings, fit_tokens)
-        return cls(source, costs.settings, tokens, prompts, where, progress)
+        text, prompts = read_sequences(source, costs.settings, fit_tokens)
+        return cls(source, costs.settings, text, prompts, where, progress)
 
     def attention(self, layer: int, choice: LayerPlan) -> nn.Module:
         """A layer in some kind, fitted."""
@@ -167,7 +167,7 @@ class JointEvaluator:
         """Let the assembled model's output projections make up for what its earlier layers have changed."""
         if not self.fit.compensation:
             return
-        compensation = Compensation(self.model.model, plan, self.tokens, self.fit.compensation)
+        compensation = Compensation(self.model.model, plan, self.text.tokens, self.fit, self.text.asked)
         for index, layer in enumerate(plan.layers):
             compensation.follow(self.visits[index], refit=layer.kind not in ("full", "sliding"))
 

@@ -24,7 +24,7 @@ from hyconvert.modeling.families import base_window, family_of_base
 from hyconvert.modeling.state import dense_state
 from hyconvert.plan import LayerPlan
 from hyconvert.progress import Progress, silent
-from hyconvert.retrieval import Prompts, make_prompts, mix_in
+from hyconvert.retrieval import Mixed, Prompts, make_prompts, mix_in
 
 
 def measure(
@@ -114,8 +114,8 @@ def _open_costs(
 
 def read_sequences(
     source: Source, settings: MeasureSettings, fit_tokens: int | None = None
-) -> tuple[torch.Tensor, Prompts]:
-    """[N, T] tokens to fit on, and prompts to measure on, from different parts of the calibration text.
+) -> tuple[Mixed, Prompts]:
+    """Text to fit on, and prompts to measure on, from different parts of the calibration text.
 
     Args:
         source: the base.
@@ -165,7 +165,8 @@ class Measurement:
     def run(self, progress: Progress) -> None:
         """Measure what is missing: windows first, since they say which layers are worth trying as sources."""
         settings, costs = self.settings, self.costs
-        self.tokens, self.prompts = read_sequences(self.source, settings)
+        text, self.prompts = read_sequences(self.source, settings)
+        self.tokens = text.tokens
         self.folder.mkdir(parents=True, exist_ok=True)
         costs.save_rows(self.folder)  # without a row that was cut off while it was written
         costs.save_header(self.folder)

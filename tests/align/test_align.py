@@ -198,7 +198,7 @@ def test_one_sequence_or_no_gain_leaves_output_projections(tiny_base: Callable[.
 def test_the_stream_is_the_converted_model_s(tiny_base: Callable[..., Path], family: str) -> None:
     model, tokens = _converted(tiny_base(family), "F S0 R0 W"), _tokens(5)
     walk = LayerWalk(model, tokens, model.config.get_plan().sources)
-    compensation = Compensation(model.model, model.config.get_plan(), tokens, 1.0)
+    compensation = Compensation(model.model, model.config.get_plan(), tokens, FitSettings(compensation=1.0))
     for visit in walk:
         compensation.follow(visit, refit=False)
     assert not any(state.oracle for state in compensation.states)
@@ -220,6 +220,6 @@ def test_folds_are_alternate_sequences() -> None:
         for at in range(0, 20, batch):
             rows = slice(at, min(at + batch, 20))
             heads = torch.stack((1 - odd[rows], odd[rows]), -1)[:, None]
-            fit.add(rows, heads, torch.zeros(len(heads), 1, 3))
+            fit.add(rows, heads, torch.zeros(len(heads), 1, 3), torch.ones(len(heads), 1))
         kinds = fit.gram.diagonal(dim1=1, dim2=2)
         assert {tuple(fold) for fold in kinds.tolist()} == {(10.0, 0.0), (0.0, 10.0)}

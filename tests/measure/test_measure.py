@@ -83,7 +83,7 @@ def test_whole_plans_are_measured_with_compensation_and_as_they_are_converted(
     plan = Plan(layers=parse_line("F W S0 S0"), **costs.settings.plan_settings())
     source = open_source(base)
     model = load_base_as(HyConvertConfig.from_base(source.config, plan), source, torch.device("cpu"))
-    align(model, evaluator.tokens, evaluator.fit)
+    align(model, evaluator.text.tokens, evaluator.fit, evaluator.text.asked)
     tokens = evaluator.prompts.tokens[:1]
     for wanted in (plan, Plan(layers=parse_line("F*4"), **costs.settings.plan_settings()), plan):
         hidden = evaluator.hidden(wanted, tokens)
