@@ -86,6 +86,9 @@ def main() -> None:
     )
     parser.add_argument("--fit", nargs="*", default=[""], metavar="NAME=NUMBER,...")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens to measure on, per text")
+    parser.add_argument(
+        "--prompts", type=int, default=100, help="prompts to measure on, made from the first text"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "alignment.json")
     options = parser.parse_args()
 
@@ -93,10 +96,11 @@ def main() -> None:
     source = open_source(options.model, dtype="bfloat16" if device.type == "cuda" else "auto")
     tokenizer, length = source.load_tokenizer(), options.length
     settings = MeasureSettings.create(topk=options.topk, sequence_length=length)
-    held = Held(tokenizer, options.data, options.tokens, length)
+    held = Held(tokenizer, options.data, options.tokens, length, options.prompts)
     setting = {
         "device": device_name(device), "model": Path(options.model).name, "length": length, "topk": options.topk,
         "data": [Path(path).name for path in options.data], "tokens": options.tokens,
+        "prompts": options.prompts,
     }  # fmt: skip
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     same = all(known.get(key) == value for key, value in setting.items())

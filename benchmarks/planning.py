@@ -103,15 +103,15 @@ def windows_only(evaluator: JointEvaluator, full: tuple[int, ...]) -> Plan:
 class Held:
     """Held-out text and prompts, and what a plan does on them."""
 
-    def __init__(self, tokenizer: Any, data: list[str], tokens: int, length: int) -> None:
+    def __init__(self, tokenizer: Any, data: list[str], tokens: int, length: int, prompts: int = 25) -> None:
         self.rows = {}
         for path in data:
             self.rows[Path(path).stem] = token_blocks(
                 read_texts(path), tokenizer, sequences=tokens // length, length=length, name=path
             )
         text = token_blocks(
-            read_texts(data[0]), tokenizer, sequences=tokens // length + 25, length=length, name=data[0]
-        )[-25:]
+            read_texts(data[0]), tokenizer, sequences=tokens // length + prompts, length=length, name=data[0]
+        )[-prompts:]
         self.prompts = make_prompts(text, tokenizer, questions=8, decoys=8, copies=4, seed=1)
 
     def __call__(self, evaluator: JointEvaluator, plan: Plan | None) -> dict[str, float]:
