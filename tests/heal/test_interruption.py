@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -19,21 +17,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from hyconvert.errors import HealError
 from hyconvert.heal import heal, states
 from hyconvert.heal.engine import Engine
-from tests.conftest import ROOT
+from tests.heal.processes import forked
 from tests.test_conversion import stored
 
-KILLED = """
-import os, signal, sys, json
-from hyconvert.heal import heal
+KILLING = """
+import os, signal
 from hyconvert.heal.engine import Engine
-from hyconvert.recipe import HealRecipe
 step = Engine._step
 def killing(self, run, number):
     step(self, run, number)
-    if number == int(sys.argv[4]):
+    if number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 Engine._step = killing
-heal(sys.argv[1], sys.argv[2], HealRecipe.model_validate_json(sys.argv[3]), device="cpu")
 """
 
 
@@ -45,15 +40,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     converted: Path, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
     chosen, out = recipe(), tmp_path / "killed"
-    arguments = [str(converted), str(out), chosen.model_dump_json(), "5"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    arguments = [str(converted), str(out), chosen.model_dump_json()]
+    killed = forked(arguments, tmp_path, {}, KILLING, count=1)
+    assert killed.code == -signal.SIGKILL, killed.output[-2000:]
     assert not out.exists() and (working_folder(out) / "state-0000004").is_dir()
     resumed = heal(converted, out, chosen, device="cpu")
     straight = heal(converted, tmp_path / "straight", chosen, device="cpu")

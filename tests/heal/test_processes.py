@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +14,8 @@ from safetensors.torch import load_file
 
 from hyconvert.conversion import convert
 from hyconvert.heal import heal
-from tests.conftest import ROOT
+from tests.heal.processes import Ended, forked, launched
 
-HEAL = """
-import sys
-from hyconvert.heal import heal
-from hyconvert.recipe import HealRecipe
-heal(sys.argv[1], sys.argv[2], HealRecipe.model_validate_json(sys.argv[3]), device="cpu")
-"""
 DYING = """
 import os, signal
 from hyconvert.heal.engine import Engine
@@ -60,19 +51,6 @@ FSDP = {
 }
 
 
-def two_processes(
-    arguments: list[str], tmp_path: Path, extra: dict[str, str], before: str = ""
-) -> subprocess.CompletedProcess[bytes]:
-    script = tmp_path / "heal.py"
-    script.write_text((ON_A_CPU if extra is FSDP else "") + before + HEAL)
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | extra
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*launch, str(script), *arguments], env=environment, capture_output=True, check=False, timeout=120
-    )
-
-
 def curves(one: dict[str, Any], two: dict[str, Any]) -> None:
     """Assert that two reports agree."""
     for curve, key in (("curve", "loss"), ("curve", "gradient_norm"), ("heldout", "kl")):
@@ -93,13 +71,23 @@ def weights(before: Path, one: Path, two: Path, rel: float) -> None:
     assert apart < rel * moved
 
 
-@pytest.mark.parametrize("extra", [{}, FSDP], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    ("start", "before", "variables"),
+    [(launched, "", {}), (forked, ON_A_CPU, FSDP)],
+    ids=["DDP by torchrun", "FSDP2"],
+)
 def test_two_processes_have_the_loss_curve_of_one(
-    converted: Path, recipe: Callable[..., Any], tmp_path: Path, extra: dict[str, str]
+    converted: Path,
+    recipe: Callable[..., Any],
+    tmp_path: Path,
+    start: Callable[..., Ended],
+    before: str,
+    variables: dict[str, str],
 ) -> None:
     chosen = recipe(micro_tokens=32)  # several forward passes per step and process
-    done = two_processes([str(converted), str(tmp_path / "two"), chosen.model_dump_json()], tmp_path, extra)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    arguments = [str(converted), str(tmp_path / "two"), chosen.model_dump_json()]
+    done = start(arguments, tmp_path, variables, before)
+    assert done.code == 0, done.output[-4000:]
     one = heal(converted, tmp_path / "one", chosen, device="cpu").to_dict()
     two = json.loads((tmp_path / "two" / "heal.json").read_text())
     assert two["processes"] == 2
@@ -114,8 +102,9 @@ def test_fsdp2_trains_tied_embeddings_in_bfloat16_as_one_process_does(
     base = tiny_base("llama", tie_word_embeddings=True)
     convert(base, converted, plan="F S0 W F", align_layers=False, block_size=4, topk=2, window=8)
     chosen = recipe(precision="bf16", micro_tokens=32)
-    done = two_processes([str(converted), str(tmp_path / "two"), chosen.model_dump_json()], tmp_path, FSDP)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    arguments = [str(converted), str(tmp_path / "two"), chosen.model_dump_json()]
+    done = forked(arguments, tmp_path, FSDP, ON_A_CPU)
+    assert done.code == 0, done.output[-4000:]
     one = heal(converted, tmp_path / "one", chosen, device="cpu").to_dict()
     two = json.loads((tmp_path / "two" / "heal.json").read_text())
     losses = [[row["loss"] for row in report["curve"]] for report in (one, two)]
@@ -127,19 +116,19 @@ def test_fsdp2_trains_tied_embeddings_in_bfloat16_as_one_process_does(
 def test_fsdp1_is_refused(converted: Path, recipe: Callable[..., Any], tmp_path: Path) -> None:
     arguments = [str(converted), str(tmp_path / "two"), recipe().model_dump_json()]
     older = FSDP | {"FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
-    done = two_processes(arguments, tmp_path, older, before=ON_A_CPU)
-    assert done.returncode != 0
-    assert b"FSDP version 1 is not supported; launch with --fsdp_version 2" in done.stderr
+    done = forked(arguments, tmp_path, older, ON_A_CPU)
+    assert done.code != 0
+    assert "FSDP version 1 is not supported; launch with --fsdp_version 2" in done.output
 
 
-@pytest.mark.parametrize("extra", [{}, FSDP], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(("before", "variables"), [("", {}), (ON_A_CPU, FSDP)], ids=["DDP", "FSDP2"])
 def test_a_dead_process_ends_the_run_and_its_state_goes_on_in_one_process_or_two(
-    converted: Path, recipe: Callable[..., Any], tmp_path: Path, extra: dict[str, str]
+    converted: Path, recipe: Callable[..., Any], tmp_path: Path, before: str, variables: dict[str, str]
 ) -> None:
     chosen = recipe(micro_tokens=32)
     arguments = [str(converted), str(tmp_path / "two"), chosen.model_dump_json()]
-    died = two_processes(arguments, tmp_path, extra, before=DYING)
-    assert died.returncode != 0
+    died = forked(arguments, tmp_path, variables, before + DYING)
+    assert died.code != 0
     assert not (tmp_path / "two").exists()
     work = tmp_path / ".two.healing"
     assert [path.name for path in work.glob("state-*")] == ["state-0000004"]
@@ -148,7 +137,7 @@ def test_a_dead_process_ends_the_run_and_its_state_goes_on_in_one_process_or_two
     other = heal(converted, tmp_path / "other", chosen, device="cpu").to_dict()
     assert len(other["curve"]) == len(straight["curve"]) == 12
     curves(straight, other)
-    done = two_processes(arguments, tmp_path, extra)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    done = forked(arguments, tmp_path, variables, before)
+    assert done.code == 0, done.output[-4000:]
     curves(straight, json.loads((tmp_path / "two" / "heal.json").read_text()))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
