@@ -9,6 +9,7 @@ from ..coordinates import (
     accumulation_dtype,
     check_inputs,
     chunk_length,
+    hidden_unless,
     masked_softmax_attention,
     query_slots,
     run_chunk,
@@ -84,7 +85,7 @@ def oracle_attention_topk(
 
 def _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, topk):
     check_inputs(q, k, v, q_offset, start)
-    batch, heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
     groups, slots_total = k.shape[1], k.shape[2]
     dtype = accumulation_dtype(q.dtype)
     slots = query_slots(q_offset, length)
@@ -92,7 +93,7 @@ def _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, topk)
     seen = min(slots_total, int(q_offset.max()) + length) if length else 0
     k_seen = visible_only(k[:, :, :seen], q_offset, length).to(dtype)
     v_seen = visible_only(v[:, :, :seen], q_offset, length).to(dtype)
-    step = chunk_length(batch, heads, seen)
+    step = chunk_length(q, seen)
     outs, lses, selected = [], [], []
     for at in range(0, length, step):
         chunk_slots, chunk_start = slots[:, at : at + step], start[:, at : at + step].long()
@@ -102,12 +103,14 @@ def _run(q, k, v, q_offset, start, block_size, window, scale, with_scores, topk)
         def chunk(q_chunk, k_chunk, v_chunk, chunk_slots=chunk_slots, chunk_start=chunk_start, scored=scored):
             keys = torch.arange(k_chunk.shape[2], device=q.device)
             mask = (keys >= chunk_start[..., None]) & (keys <= chunk_slots[..., None])
-            out, lse, probs = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, None, None], scale)
+            out, lse, weights, total = masked_softmax_attention(
+                q_chunk, k_chunk, v_chunk, mask[:, None, None], scale
+            )
             if not scored:
                 return out.to(q.dtype), lse, None
             with torch.no_grad():
                 eligible = mask & (keys <= chunk_slots[..., None] - window)
-                best = probs.detach().amax(2).masked_fill(~eligible[:, None], -torch.inf)
+                best = (weights.detach() / total.detach()).amax(2).add_(hidden_unless(eligible)[:, None])
                 return out.to(q.dtype), lse, _block_max(best, chunk_start, block_size, blocks)
 
         out, lse, scores = run_chunk(

@@ -48,7 +48,7 @@ def block_sparse_attention(
         ValueError: shapes do not fit.
     """
     check_inputs(q, k, v, q_offset, start)
-    batch, heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
     groups, slots_total = k.shape[1], k.shape[2]
     if indices.shape[:3] != (batch, groups, length):
         raise ValueError(f"indices must be [{batch},{groups},{length},K], got {tuple(indices.shape)}")
@@ -57,7 +57,7 @@ def block_sparse_attention(
     seen = min(slots_total, max(1, int(q_offset.max()) + length - window)) if length else 0
     k_seen = visible_only(k[:, :, :seen], q_offset, length).to(dtype)
     v_seen = visible_only(v[:, :, :seen], q_offset, length).to(dtype)
-    step = chunk_length(batch, heads, seen)
+    step = chunk_length(q, seen)
     outs, lses = [], []
     for at in range(0, length, step):
         part = slice(at, at + step)
@@ -72,7 +72,7 @@ def block_sparse_attention(
                 window,
                 k_chunk.shape[2],
             )
-            out, lse, _ = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, :, None], scale)
+            out, lse, *_ = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, :, None], scale)
             return out.to(q.dtype), lse
 
         out, lse = run_chunk(chunk, q[:, :, part].to(dtype), k_seen[:, :, :high], v_seen[:, :, :high])

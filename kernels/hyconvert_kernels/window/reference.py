@@ -53,7 +53,7 @@ def window_attention(
             keys = torch.arange(low, low + k_chunk.shape[2], device=q.device)
             at_slot = slots[:, part, None]
             mask = (keys >= start[:, part, None]) & (keys <= at_slot) & (keys > at_slot - window)
-            out, lse, _ = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, None, None], scale)
+            out, lse, *_ = masked_softmax_attention(q_chunk, k_chunk, v_chunk, mask[:, None, None], scale)
             return out.to(q.dtype), lse
 
         out, lse = run_chunk(
