@@ -16,6 +16,7 @@ from hyconvert.align.solve import quadratic_map, ridge
 from hyconvert.align.walk import LayerVisit
 from hyconvert.modeling.attention import HyConvertAttention
 from hyconvert.modeling.state import OracleState
+from hyconvert_kernels.coordinates import chunk_length, hidden_unless, masked_softmax_attention
 
 MOST_MAP_ROWS = 16_384
 MOST_ROWS = 65_536
@@ -68,7 +69,8 @@ class Rows:
         at: [n] positions.
         x: [n, D] attention inputs.
         q: [H, n, d] queries before RoPE.
-        logits: [H, n, T] the base's logits, -inf where not causal.
+        rotated: [H, n, d] the same after it, times the softmax scale.
+        keys: [G, T, d] the layer's own keys, all of them.
         outside: [n, T] bool, causal keys outside the window.
         out_w, out_o: [H, n, d] the base's attention over the window and over all keys outside it.
         lse_w, lse_o: [H, n] their log-sum-exps.
@@ -78,7 +80,8 @@ class Rows:
     at: Tensor
     x: Tensor
     q: Tensor
-    logits: Tensor
+    rotated: Tensor
+    keys: Tensor
     outside: Tensor
     out_w: Tensor
     out_o: Tensor
@@ -99,64 +102,55 @@ def sample_rows(length: int, window: int, count: int, generator: torch.Generator
     return picked.sort().values
 
 
-def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int, outputs: bool = True) -> Rows:
-    """Everything the base's attention computes at some query rows of one sequence.
-
-    Without `outputs`, `out_w`, `out_o` and `target` are left out: query maps want none of them.
-    """
+def read_rows(visit: LayerVisit, sequence: int, at: Tensor, window: int) -> Rows:
+    """Everything the base's attention computes at some query rows of one sequence."""
     attention = visit.attention
     x = visit.inputs[sequence : sequence + 1]
     q, k, v = attention.project(x)
     q_rot, k = (attention.rotate(t, visit.rope) if attention.use_rope else t for t in (q, k))
     at = at.to(x.device)
-    keys = torch.arange(x.shape[1], device=x.device)
-    causal, outside = keys <= at[:, None], keys <= at[:, None] - window
-    ratio = attention.num_heads // attention.num_kv_heads
-    k, v = (t[0].float().repeat_interleave(ratio, 0) for t in (k, v))
-    logits = (q_rot[0, :, at].float() * attention.scaling) @ k.mT
-    logits = logits.masked_fill(~causal, -torch.inf)
-    if not outputs:
-        nothing = torch.empty(0)
-        lse_w, lse_o = (
-            logits.masked_fill(~mask, -torch.inf).logsumexp(-1) for mask in (causal & ~outside, outside)
-        )
-        return Rows(
-            at,
-            x[0, at].float(),
-            q[0, :, at].float(),
-            logits,
-            outside,
-            nothing,
-            nothing,
-            lse_w,
-            lse_o,
-            nothing,
-        )
-    out_w, lse_w = softmax_over(logits, causal & ~outside, v)
-    out_o, lse_o = softmax_over(logits, outside, v)
+    positions = torch.arange(x.shape[1], device=x.device)
+    causal, outside = positions <= at[:, None], positions <= at[:, None] - window
+    rotated = q_rot[0, :, at].float() * attention.scaling
+    keys, values = k[0].float(), v[0].float()
+    out_w, lse_w = attend(rotated, keys, values, (causal & ~outside)[None])
+    out_o, lse_o = attend(rotated, keys, values, outside[None])
     return Rows(
-        at, x[0, at].float(), q[0, :, at].float(), logits, outside, out_w, out_o, lse_w, lse_o,
+        at, x[0, at].float(), q[0, :, at].float(), rotated, keys, outside, out_w, out_o, lse_w, lse_o,
         visit.outputs[sequence, at].float(),
     )  # fmt: skip
 
 
-def softmax_over(logits: Tensor, mask: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention restricted to a mask: output [H, n, d] and log-sum-exp [H, n]; 0 and -inf where the mask is empty."""
-    masked = logits.masked_fill(~mask, -torch.inf)
-    lse = masked.logsumexp(-1)
-    weights = (masked - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights @ values, lse
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries [H, n, d] over keys and values [G, T, d] where a mask [1 or G, n, T] is true.
+
+    Keys that no query of a chunk sees are left out, so neighbouring queries with short masks cost little.
+
+    Returns:
+        Output [H, n, d] and log-sum-exp [H, n]; 0 and -inf where the mask is empty.
+    """
+    step = chunk_length(queries[None], keys.shape[1])
+    outs, lses = [], []
+    for at in range(0, queries.shape[1], step):
+        part = mask[:, at : at + step]
+        seen = part.any(1).any(0).nonzero()[:, 0]
+        if not len(seen):
+            seen = seen.new_zeros(1)
+        q, k, v = queries[None, :, at : at + step], keys[None, :, seen], values[None, :, seen]
+        out, lse, *_ = masked_softmax_attention(q, k, v, part[None, :, None, :, seen], 1.0)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
 def selected_keys(attention: HyConvertAttention, oracle: OracleState, rows: Rows) -> Tensor:
-    """[H, n, T] bool: keys in the blocks that the source's oracle picked for each row, outside the window."""
+    """[G, n, T] bool: keys in the blocks that the source's oracle picked for each row, outside the window."""
     indices = oracle.indices[0, :, rows.at].long()
-    length = rows.logits.shape[-1]
+    length = rows.outside.shape[-1]
     blocks = -(-length // attention.block_size)
     chosen = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool, device=indices.device)
     chosen.scatter_(2, indices.where(indices >= 0, torch.full_like(indices, blocks)), True)
-    chosen = chosen[..., :blocks].repeat_interleave(attention.block_size, 2)[..., :length] & rows.outside
-    return chosen.repeat_interleave(attention.num_heads // attention.num_kv_heads, 0)
+    return chosen[..., :blocks].repeat_interleave(attention.block_size, 2)[..., :length] & rows.outside
 
 
 class QueryMapFit:
@@ -169,50 +163,45 @@ class QueryMapFit:
 
     def __init__(self, attention: HyConvertAttention, settings: FitSettings) -> None:
         self.attention, self.settings = attention, settings
-        self.curvature: list[Tensor] = []
-        self.linear: list[Tensor] = []
+        self.curvature: list[list[Tensor]] = [[] for _ in range(attention.num_kv_heads)]
+        self.linear: list[list[Tensor]] = [[] for _ in range(attention.num_kv_heads)]
         self.inputs: list[Tensor] = []
 
     def add(self, rows: Rows, oracle: OracleState, rope: tuple[Tensor, Tensor]) -> None:
         """Take in one sequence's rows."""
-        attention = self.attention
-        mask = selected_keys(attention, oracle, rows)
-        some = mask.any(-1, keepdim=True)
-        z = rows.logits.masked_fill(~mask, -torch.inf)
-        weights = torch.softmax(z.masked_fill(~some, 0), -1).masked_fill(~mask, 0)
-        count = mask.sum(-1, keepdim=True).clamp(min=1)
-        weights = (1 - self.settings.uniform) * weights + self.settings.uniform * mask / count
-        z = z.masked_fill(~mask, 0)
-        z = z - (weights * z).sum(-1, keepdim=True)
-        mass = rows.mass[..., None]
-        groups, dim = attention.num_kv_heads, attention.head_dim
-        upper = torch.triu_indices(dim, dim, device=z.device)
-        firsts, seconds = [], []
-        for group in range(groups):
-            heads = slice(group * mask.shape[0] // groups, (group + 1) * mask.shape[0] // groups)
-            columns = mask[heads][0].any(0).nonzero()[:, 0]  # all heads of a group read the same blocks
+        attention, uniform = self.attention, self.settings.uniform
+        dim, ratio = attention.head_dim, attention.num_heads // attention.num_kv_heads
+        upper = torch.triu_indices(dim, dim, device=rows.q.device)
+        place = torch.empty(dim, dim, dtype=torch.int64, device=upper.device)  # of a matrix in its upper half
+        place[*upper] = place[*upper.flip(0)] = torch.arange(upper.shape[1], device=upper.device)
+        place = place.flatten()
+        for group, mask in enumerate(selected_keys(attention, oracle, rows)):
+            heads = slice(group * ratio, (group + 1) * ratio)
+            columns = mask.any(0).nonzero()[:, 0]  # all heads of a group read the same blocks
+            mask = mask[:, columns]
+            z = rows.rotated[heads] @ rows.keys[group, columns].mT
+            weights = torch.softmax(z + hidden_unless(mask | ~mask.any(-1, keepdim=True)), -1)
+            weights = ((1 - uniform) * weights + uniform / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
+            z -= (weights * z).sum(-1, keepdim=True)
             keys = oracle.keys[0, group, columns].float() * attention.scaling
-            w, wz = weights[heads][..., columns], (weights[heads] * z[heads])[..., columns]
-            mean = w @ keys
-            packed = w @ (keys[:, upper[0]] * keys[:, upper[1]])  # half of each symmetric K' W K
-            second = packed.new_empty(*packed.shape[:2], dim, dim)
-            second[..., upper[0], upper[1]] = packed
-            second[..., upper[1], upper[0]] = packed
-            seconds.append(second - mean[..., :, None] * mean[..., None, :])
-            firsts.append(wz @ keys)
-        first, second = torch.cat(firsts), torch.cat(seconds)
-        if attention.source_uses_rope:
-            first, second = _unrotate(first, rows.at, rope), _unrotate(second, rows.at, rope)
-            second = _unrotate(second.mT, rows.at, rope)
-        self.curvature.append(second * mass[..., None])
-        self.linear.append(first * mass)
+            mean, first = weights @ keys, (weights * z) @ keys
+            across = keys.mT.contiguous()
+            packed = (across[upper[0]] * across[upper[1]]) @ weights.flatten(0, 1).mT  # half of each K' W K
+            second = packed[place].mT.contiguous().view(*weights.shape[:2], dim, dim)
+            second -= mean[..., :, None] * mean[..., None, :]
+            if attention.source_uses_rope:
+                first, second = _unrotate(first, rows.at, rope), _unrotate(second, rows.at, rope)
+                second = _unrotate(second.mT, rows.at, rope)
+            mass = rows.mass[heads, :, None]
+            self.curvature[group].append(second * mass[..., None])
+            self.linear[group].append(first * mass)
         self.inputs.append(rows.q)
 
     def solve(self) -> Tensor:
         """M, [H, d, d]."""
         return quadratic_map(
-            torch.cat(self.curvature, 1),
-            torch.cat(self.linear, 1),
+            torch.cat([torch.cat(group, 1) for group in self.curvature]),
+            torch.cat([torch.cat(group, 1) for group in self.linear]),
             torch.cat(self.inputs, 1),
             self.settings.query_ridge,
         )
@@ -243,16 +232,13 @@ def read_sparse(
     rope: tuple[Tensor, Tensor],
 ) -> SparseRows:
     """Run the sparse branch of a candidate query map at some rows."""
-    mask = selected_keys(attention, oracle, rows)
     q = rows.q if query_map is None else torch.einsum("hnd,hed->hne", rows.q, query_map)
     if attention.source_uses_rope:
         cos, sin = (table[0, rows.at].float() for table in rope)
         first, second = q.chunk(2, -1)
         q = q * cos + torch.cat((-second, first), -1) * sin
-    ratio = attention.num_heads // attention.num_kv_heads
-    keys, values = (t[0].float().repeat_interleave(ratio, 0) for t in (oracle.keys, oracle.values))
-    out, lse = softmax_over((q * attention.scaling) @ keys.mT, mask, values)
-    return SparseRows(out, lse)
+    keys, values = oracle.keys[0].float(), oracle.values[0].float()
+    return SparseRows(*attend(q * attention.scaling, keys, values, selected_keys(attention, oracle, rows)))
 
 
 class ValueMapFit:

@@ -108,7 +108,7 @@ class RowReader:
     """
 
     def __init__(self, visit: LayerVisit, settings: FitSettings, keep: bool = False) -> None:
-        self.visit, self.window, self.full = visit, visit.attention.plan_window, settings.rows
+        self.visit, self.window = visit, visit.attention.plan_window
         count, length = visit.inputs.shape[:2]
         generator = torch.Generator().manual_seed(settings.seed + visit.index)
         self.samples = {
@@ -118,10 +118,10 @@ class RowReader:
         self.kept: dict[tuple[int, int], Rows] | None = {} if keep else None
 
     def __call__(self, sequence: int, size: int) -> Rows:
-        """Rows of one sequence: `size` is the settings' `rows`, or `map_rows` for what a query map wants of them."""
+        """Rows of one sequence: `size` is the settings' `rows` or `map_rows`."""
         if self.kept is not None and (sequence, size) in self.kept:
             return self.kept[sequence, size]
-        rows = read_rows(self.visit, sequence, self.samples[size][sequence], self.window, size == self.full)
+        rows = read_rows(self.visit, sequence, self.samples[size][sequence], self.window)
         if self.kept is not None:
             self.kept[sequence, size] = rows
         return rows
@@ -166,7 +166,7 @@ def align_layer(
             oracle = oracles[sequence] if reads_source else _own_oracle(visit, sequence, oracles[sequence])
             sparse = read_sparse(attention, rows, oracle, query_map, visit.rope)
             values.add(rows, sparse)
-        light = replace(rows, logits=torch.empty(0), outside=torch.empty(0))  # without the large part
+        light = replace(rows, keys=torch.empty(0), outside=torch.empty(0))  # without the large part
         samples.append(_Sample(light, sparse))
     if attention.value_map is not None:
         attention.value_map.copy_(values.solve())
