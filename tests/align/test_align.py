@@ -156,8 +156,9 @@ def test_output_projections_make_up_for_earlier_layers(tiny_base: Callable[..., 
     """Behind the last converted layer the residual stream is closer to the base's, on unseen text."""
     base, line = tiny_base(family), "F S0 W S0"
     models = {share: _converted(base, line) for share in (0.0, 1.0)}
+    tokens = _tokens(96 if family == "llama" else 8)
     fits = {
-        share: align(model, _tokens(96), replace(SETTINGS, compensation=share))
+        share: align(model, tokens, replace(SETTINGS, compensation=share))
         for share, model in models.items()
     }
     heldout = torch.randint(3, 120, (4, 128), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from hyconvert_kernels.tiles import LOG2E
 from hyconvert_kernels.topk.reference import block_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PACKED = [0] * 77 + [77] * 53 + [130] * 70
+PACKED = [0] * 45 + [45] * 37 + [82] * 29
 
 
 def left_behind(logits, offset, start, span, queries, window, block):
@@ -33,9 +33,9 @@ def left_behind(logits, offset, start, span, queries, window, block):
 @pytest.mark.parametrize(
     ("ratio", "starts", "before", "window", "most"),
     [
-        pytest.param(4, [0] * 200, 0, 20, 1 << 20, id="in one go"),
-        pytest.param(4, [0] * 200, 0, 20, 2 * 128 * 12 * 3, id="three tiles at a time"),
-        pytest.param(3, [37] * 150, 0, 5, 2 * 128 * 9 * 2, id="three heads, left padding"),
+        pytest.param(4, [0] * 104, 0, 20, 1 << 20, id="in one go"),
+        pytest.param(4, [0] * 104, 0, 20, 2 * 128 * 6 * 3, id="three tiles at a time"),
+        pytest.param(3, [37] * 110, 0, 5, 2 * 128 * 6 * 2, id="three heads, left padding"),
         pytest.param(2, PACKED, 0, 20, 1 << 20, id="packed documents"),
         pytest.param(1, [0] * 100, 60, 20, 1 << 20, id="behind a cache"),
     ],
