@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -309,7 +310,8 @@ def choose(
         evaluator = evaluator or JointEvaluator.for_costs(costs.base, costs, device=device, progress=progress)
         refinement = refine(
             evaluator, costs, solution.plan, tries=tries, retrieval=rules.retrieval, tasks=rules.tasks,
-            pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, costs, rules), progress=progress,
+            pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, costs, rules),
+            others=rivals(costs, config, budget, rules), progress=progress,
         )  # fmt: skip
         solution = evaluate(refinement.plan, costs, config, budget.context, rules.retrieval, rules.tasks)
     note = f"predicted damage {solution.damage:.4f} ({_counting(solution)})"
@@ -318,6 +320,27 @@ def choose(
     plan = solution.plan.model_copy(update={"note": note})
     solution = replace(solution, plan=plan)
     return PlanReport(solution, alternatives(plan, costs, rules), refinement)
+
+
+def rivals(costs: Costs, config: Any, budget: Budget, rules: Rules) -> list[Plan]:
+    """Plans within the same bounds that might be better than the solver's, since damage is not quite additive.
+
+    They have the least damage where retrieval counts for nothing, for three times as much, or by one task alone, or
+    where the layers are full that lose most with a window.
+    """
+    tasks = costs.counted(rules.tasks)
+    variants = [replace(rules, retrieval=weight) for weight in (0.0, 3 * rules.retrieval)]
+    variants += [replace(rules, tasks=frozenset({task})) for task in tasks]
+    full = len(solve(costs, config, budget, rules).plan.full_layers)
+    windows = {row.layer: row.damage(rules.retrieval, rules.tasks) for row in costs if row.kind == "window"}
+    most = sorted((i for i in windows if i not in rules.pinned), key=lambda i: -windows[i])
+    free = full - sum(kind == "full" for kind in rules.pinned.values())
+    variants.append(replace(rules, pinned={**dict.fromkeys(most[:free], "full"), **rules.pinned}))
+    found = []
+    for variant in variants:
+        with suppress(PlanError):  # such as a window's layers that leave no source for another
+            found.append(solve(costs, config, budget, variant).plan)
+    return found
 
 
 def _counting(solution: Solution) -> str:

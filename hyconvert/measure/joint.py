@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,12 +217,14 @@ def refine(
     tasks: Collection[str] | None = None,
     pinned: frozenset[int] = frozenset(),
     allowed: Callable[[Plan], bool] = lambda plan: True,
+    others: Sequence[Plan] = (),
     progress: Progress = silent,
 ) -> Refinement:
     """Improve a plan by its measured damage: greedy moves, the most promising by predicted damage first.
 
-    A move gives one layer another kind or source, or makes one full layer give its place to another; the number of full
-    layers stays. The first move that lowers the measured damage is taken.
+    Moves begin at the best of the plan and its rivals. A move gives one layer another kind or source, or makes one full
+    layer give its place to another; the number of full layers stays. The first move that lowers the measured damage is
+    taken.
 
     Args:
         evaluator: measures plans.
@@ -233,6 +235,7 @@ def refine(
         tasks: retrieval tasks that count; None for all that were measured.
         pinned: layers that keep their kind.
         allowed: further conditions on a plan.
+        others: rivals of the plan, each measured before there are moves.
         progress: told about every plan measured.
 
     Raises:
@@ -243,6 +246,16 @@ def refine(
     before = after = evaluator.weigh(reading, retrieval, tasks)
     seen, moves, tried = {plan.line}, [], 0
     with progress("Trying swaps", total=tries) as step:
+        for rival in others:
+            if rival.line in seen or not allowed(rival) or tried == tries:
+                continue
+            seen.add(rival.line)
+            tried += 1
+            found = evaluator.read(rival)
+            damage = evaluator.weigh(found, retrieval, tasks)
+            step(f"{rival.line}: {damage:.4f} against {after:.4f}")
+            if damage < after:
+                best, reading, after, moves = rival, found, damage, [f"begun at {rival.line}"]
         while tried < tries:
             for move, candidate in _moves(best, costs, retrieval, tasks, pinned):
                 if candidate.line in seen or not allowed(candidate):

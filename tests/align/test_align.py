@@ -158,8 +158,7 @@ def test_output_projections_make_up_for_earlier_layers(tiny_base: Callable[..., 
     models = {share: _converted(base, line) for share in (0.0, 1.0)}
     tokens = _tokens(96 if family == "llama" else 8)
     fits = {
-        share: align(model, tokens, replace(SETTINGS, compensation=share))
-        for share, model in models.items()
+        share: align(model, tokens, replace(SETTINGS, compensation=share)) for share, model in models.items()
     }
     heldout = torch.randint(3, 120, (4, 128), generator=torch.Generator().manual_seed(1))
     reference = _converted(base, "F*4").model(heldout).last_hidden_state

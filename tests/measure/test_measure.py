@@ -15,7 +15,7 @@ from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
 from hyconvert.modeling import HyConvertConfig
 from hyconvert.plan import Plan, parse_line
-from hyconvert.planning import choose, read_costs
+from hyconvert.planning import choose, read_costs, rivals
 from hyconvert.solve import Budget, Rules
 
 
@@ -102,6 +102,29 @@ def test_swaps_never_make_a_plan_worse(costs: Costs, evaluator: JointEvaluator) 
     assert found.after < found.before and found.moves
     assert found.after == pytest.approx(evaluator.weigh(evaluator.read(found.plan)), rel=1e-5)
     assert len(found.plan.full_layers) == 1
+
+
+def test_refinement_begins_at_the_best_of_several_plans(costs: Costs, evaluator: JointEvaluator) -> None:
+    bad, good = (Plan(layers=parse_line(x), **costs.settings.plan_settings()) for x in ("W*3 F", "F*3 W"))
+    found = refine(evaluator, costs, bad, tries=1, others=[bad, good])
+    assert found.plan == good and found.tried == 1 and found.moves == (f"begun at {good.line}",)
+    assert found.before > found.after == pytest.approx(evaluator.weigh(evaluator.read(good)), rel=1e-5)
+    assert refine(evaluator, costs, good, tries=1, others=[bad]).plan == good
+    assert (
+        refine(evaluator, costs, bad, tries=1, others=[good], allowed=lambda plan: plan != good).plan != good
+    )
+
+
+def test_rivals_keep_to_the_bounds(costs: Costs, base: Path) -> None:
+    config, rules = open_source(base).config, Rules(pinned={3: "full", 0: "window"})
+    found = rivals(costs, config, Budget(full_layers=2), rules)
+    assert (
+        len(found) == 6
+    )  # no retrieval, three times as much, each of three tasks, the largest window damage
+    for plan in found:
+        assert 3 in plan.full_layers and plan.layers[0].kind == "window" and len(plan.full_layers) <= 2
+    windows = {layer: costs.table[layer, "window", None].damage() for layer in (1, 2)}
+    assert found[-1].full_layers == (max(windows, key=windows.__getitem__), 3)
 
 
 def test_swaps_are_judged_by_the_tasks_that_count(
