@@ -23,7 +23,11 @@ def ridge(gram: Tensor, cross: Tensor, strength: float, prior: Tensor | None = N
     level = strength * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[..., None, None]
     lhs = gram + level * torch.eye(size, dtype=gram.dtype, device=gram.device)
     rhs = cross if prior is None else cross + level * prior.double()
-    return torch.cholesky_solve(rhs.mT, torch.linalg.cholesky(lhs)).mT
+    factor, failed = torch.linalg.cholesky_ex(lhs)
+    if bool(failed.any()):  # products accumulated in less than float32 need not be positive definite
+        solution: Tensor = torch.linalg.solve(lhs, rhs.mT)
+        return solution.mT
+    return torch.cholesky_solve(rhs.mT, factor).mT
 
 
 def quadratic_map(

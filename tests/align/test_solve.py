@@ -29,6 +29,13 @@ def test_ridge_gradient_vanishes_at_its_solution() -> None:
     torch.testing.assert_close(w @ gram - cross + level * (w - prior), torch.zeros_like(w), atol=1e-9, rtol=0)
 
 
+def test_ridge_takes_products_that_rounding_made_indefinite() -> None:
+    gram = torch.diag(torch.tensor([1.0, 1.0, -0.01]))
+    cross = _random(2, 3)
+    level = 1e-3 * gram.diagonal().mean().double()
+    torch.testing.assert_close(ridge(gram, cross, 1e-3), cross / (gram.diagonal().double() + level))
+
+
 def test_quadratic_map_solves_the_weighted_problem_exactly() -> None:
     heads, rows, dim = 2, 40, 5
     factors = _random(heads, rows, dim, 3)
