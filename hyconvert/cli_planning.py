@@ -115,7 +115,7 @@ def plan(
         ),
     ] = None,
     refine: Annotated[
-        int, typer.Option(min=0, help="Measure the whole plan, and try up to this many swaps.")
+        int, typer.Option(min=0, help="Measure the whole plan, and up to this many rivals and swaps.")
     ] = 0,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Show the best plan for every number of full layers.")

@@ -298,7 +298,7 @@ def choose(
         costs: measured costs.
         config: the base's config.
         budget, rules: what the plan must meet.
-        tries: plans measured as a whole at most; 0 for none.
+        tries: plans measured as a whole at most beside the solver's; 0 for none at all.
         evaluator: measures plans; made from the costs if None.
         device: where to measure plans.
         progress: told about plans measured.
@@ -311,7 +311,7 @@ def choose(
         refinement = refine(
             evaluator, costs, solution.plan, tries=tries, retrieval=rules.retrieval, tasks=rules.tasks,
             pinned=frozenset(rules.pinned), allowed=lambda plan: obeys(plan, costs, rules),
-            others=rivals(costs, config, budget, rules), progress=progress,
+            others=rivals(costs, config, budget, rules, len(solution.plan.full_layers)), progress=progress,
         )  # fmt: skip
         solution = evaluate(refinement.plan, costs, config, budget.context, rules.retrieval, rules.tasks)
     note = f"predicted damage {solution.damage:.4f} ({_counting(solution)})"
@@ -322,16 +322,15 @@ def choose(
     return PlanReport(solution, alternatives(plan, costs, rules), refinement)
 
 
-def rivals(costs: Costs, config: Any, budget: Budget, rules: Rules) -> list[Plan]:
+def rivals(costs: Costs, config: Any, budget: Budget, rules: Rules, full: int) -> list[Plan]:
     """Plans within the same bounds that might be better than the solver's, since damage is not quite additive.
 
     They have the least damage where retrieval counts for nothing, for three times as much, or by one task alone, or
-    where the layers are full that lose most with a window.
+    where the `full` layers are full that lose most with a window.
     """
     tasks = costs.counted(rules.tasks)
     variants = [replace(rules, retrieval=weight) for weight in (0.0, 3 * rules.retrieval)]
     variants += [replace(rules, tasks=frozenset({task})) for task in tasks]
-    full = len(solve(costs, config, budget, rules).plan.full_layers)
     windows = {row.layer: row.damage(rules.retrieval, rules.tasks) for row in costs if row.kind == "window"}
     most = sorted((i for i in windows if i not in rules.pinned), key=lambda i: -windows[i])
     free = full - sum(kind == "full" for kind in rules.pinned.values())

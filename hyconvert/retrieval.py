@@ -178,11 +178,31 @@ def mix_in(text: Tensor, tokenizer: Any, share: float, seed: int = 0, repeats: f
     if not rows or length < SHORTEST:
         return mixed
     copies = max(4, round(length * repeats / COPIED)) if length >= 2 * SHORTEST else 4
-    prompts = make_prompts(text[rows], tokenizer, copies=copies, seed=seed + 1_000_003)
+    prompts = _as_much_as_fits(text[rows], tokenizer, copies, seed + 1_000_003)
     mixed.tokens[rows] = prompts.tokens
     for answer in prompts.answers:
         mixed.asked[rows[answer.row], answer.start - 1 : answer.end - 1] = True
     return mixed
+
+
+def _as_much_as_fits(text: Tensor, tokenizer: Any, copies: int, seed: int) -> Prompts:
+    """Prompts with as many repeats and questions as the rows have room for; tokenizers differ in what facts take.
+
+    Raises:
+        DataError: there is no room for one question of each task.
+    """
+    smaller = [(most, 4) for most in (copies, copies // 2, copies // 4) if most > 4]
+    for most, questions in (*smaller, (4, 4), (4, 2), (2, 1)):
+        try:
+            return make_prompts(
+                text, tokenizer, copies=most, questions=questions, decoys=questions, seed=seed
+            )
+        except DataError:
+            continue
+    raise DataError(
+        f"sequences of {text.shape[1]} tokens have no room for facts and questions beside the text; take longer ones "
+        "(--sequence-length), or none with facts (--calibration-retrieval 0)"
+    )
 
 
 class _Builder:

@@ -75,6 +75,17 @@ def test_only_a_share_of_long_rows_becomes_prompts(text: torch.Tensor, tiny_toke
         assert torch.equal(unchanged.tokens, plain) and not unchanged.asked.any()
 
 
+def test_rows_without_room_get_fewer_repeats_and_questions(text: torch.Tensor, tiny_tokenizer: Any) -> None:
+    lengths = {}
+    for length, repeats in ((2048, 0.5), (1536, 0.2), (1024, 0.2)):  # a character is a token here
+        mixed = mix_in(text[:, :length], tiny_tokenizer, 1.0, repeats=repeats)
+        assert mixed.tokens.shape == (3, length) and mixed.asked.any(1).all()
+        lengths[length] = int(mixed.asked[0].sum())
+    assert lengths[1024] <= lengths[1536] < lengths[2048]
+    with pytest.raises(DataError, match="--calibration-retrieval 0"):
+        mix_in(text[:, :1024], lambda words, **_: {"input_ids": tiny_tokenizer(words)["input_ids"] * 4}, 1.0)
+
+
 def test_tokens_before_those_of_an_answer_are_marked(text: torch.Tensor, tiny_tokenizer: Any) -> None:
     mixed = mix_in(text, tiny_tokenizer, 0.5, seed=3)
     prompts = make_prompts(text[1:2], tiny_tokenizer, copies=6, seed=3 + 1_000_003)

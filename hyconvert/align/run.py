@@ -42,8 +42,8 @@ class LayerFit:
         error: squared error of the layer's attention output as a share of the base's energy, on the base's activations
             and before compensation.
         error_before_refit: the same before the output projection was refitted.
-        compensated: share of what the residual stream lacked behind this layer that the output projection makes up for
-            since, by cross-validation; None where that was not tried.
+        compensated: share of what the residual stream lacked behind this layer, weighted as it was fitted, that the
+            output projection makes up for since, by cross-validation; None where that was not tried.
     """
 
     layer: int
@@ -166,7 +166,8 @@ def align_layer(
             oracle = oracles[sequence] if reads_source else _own_oracle(visit, sequence, oracles[sequence])
             sparse = read_sparse(attention, rows, oracle, query_map, visit.rope)
             values.add(rows, sparse)
-        light = replace(rows, keys=torch.empty(0), outside=torch.empty(0))  # without the large part
+        nothing = torch.empty(0)  # in place of what no later fit reads
+        light = replace(rows, q=nothing, rotated=nothing, keys=nothing, outside=nothing)
         samples.append(_Sample(light, sparse))
     if attention.value_map is not None:
         attention.value_map.copy_(values.solve())

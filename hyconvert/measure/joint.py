@@ -18,10 +18,7 @@ from hyconvert.align.walk import LayerVisit, LayerWalk, run_layer, state_for
 from hyconvert.checkpoint import Source, open_source
 from hyconvert.conversion import Calibration, dense_plan, load_base_as
 from hyconvert.evaluate import pick_device
-from hyconvert.measure.candidates import (
-    fit_candidate,
-    make_candidate,
-)
+from hyconvert.measure.candidates import fit_candidate, make_candidate
 from hyconvert.measure.costs import Costs, MeasureSettings, weigh
 from hyconvert.measure.run import measuring_dtype, read_sequences
 from hyconvert.measure.yardstick import Reading, Yardstick
@@ -31,6 +28,9 @@ from hyconvert.modeling.state import OracleState, dense_state
 from hyconvert.plan import LayerPlan, Plan
 from hyconvert.progress import Progress, silent
 from hyconvert.retrieval import Mixed, Prompts
+
+ACTIVATION_BYTES = 16 << 30
+"""What activations of all layers may take where nobody says how many tokens to align on."""
 
 
 class JointEvaluator:
@@ -58,7 +58,8 @@ class JointEvaluator:
         progress: Progress = silent,
     ) -> None:
         self.settings, self.prompts, self.device = settings, prompts, device
-        self.fit = FitSettings(rows=settings.rows, map_rows=settings.map_rows, seed=settings.seed)
+        fit = FitSettings(rows=settings.rows, map_rows=settings.map_rows, seed=settings.seed)
+        self.fit = fit.suited(len(text))
         plan = dense_plan(source.config, **settings.plan_settings())
         self.model: Any = load_base_as(HyConvertConfig.from_base(source.config, plan), source, device)
         walk = LayerWalk(self.model, text.tokens, frozenset(plan.full_layers))
@@ -90,8 +91,8 @@ class JointEvaluator:
             base: Hugging Face id, folder or `.gguf` file.
             costs: of that base.
             device, dtype: where and in what to compute, as `measure` takes them.
-            fit_tokens: tokens to align on. By default those of the costs, on a GPU as many as `convert` takes at least,
-                since compensation wants many.
+            fit_tokens: tokens to align on. By default those of the costs, on a GPU as many as `convert` takes at least
+                where all layers' activations on them take no more than `ACTIVATION_BYTES`: compensation wants many.
             progress: told about the base's layers.
 
         Raises:
@@ -100,9 +101,10 @@ class JointEvaluator:
         where = pick_device(device)
         source = open_source(base, revision=costs.revision, dtype=measuring_dtype(dtype, where))
         costs.check_base(source.fingerprint, str(base))
-        if fit_tokens is None:
-            fit_tokens = max(costs.settings.fit_tokens, Calibration.tokens if where.type == "cuda" else 0)
-        text, prompts = read_sequences(source, costs.settings, fit_tokens)
+        if fit_tokens is None and where.type == "cuda":
+            each = 3 * source.config.num_hidden_layers * source.config.hidden_size * source.dtype.itemsize
+            fit_tokens = min(Calibration.tokens, ACTIVATION_BYTES // each)
+        text, prompts = read_sequences(source, costs.settings, fit_tokens, Calibration.retrieval)
         return cls(source, costs.settings, text, prompts, where, progress)
 
     def attention(self, layer: int, choice: LayerPlan) -> nn.Module:

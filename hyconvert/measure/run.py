@@ -113,7 +113,7 @@ def _open_costs(
 
 
 def read_sequences(
-    source: Source, settings: MeasureSettings, fit_tokens: int | None = None
+    source: Source, settings: MeasureSettings, fit_tokens: int | None = None, retrieval: float | None = None
 ) -> tuple[Mixed, Prompts]:
     """Text to fit on, and prompts to measure on, from different parts of the calibration text.
 
@@ -122,6 +122,7 @@ def read_sequences(
         settings: how much text, and of which kind.
         fit_tokens: if more than the settings', text behind the prompts is fitted on too, as far as there is some. The
             prompts stay the same.
+        retrieval: share of the fitted sequences with retrieval in them, instead of the settings' unless that is 0.
 
     Raises:
         DataError: the text is too short, or its sequences are longer than the base was trained for.
@@ -147,7 +148,8 @@ def read_sequences(
         seed=settings.seed,
     )  # fmt: skip
     fitted = torch.cat((blocks[:fits], blocks[end:]))
-    return mix_in(fitted, tokenizer, settings.retrieval, settings.seed), prompts
+    share = settings.retrieval and (retrieval or settings.retrieval)
+    return mix_in(fitted, tokenizer, share, settings.seed), prompts
 
 
 class Measurement:

@@ -100,7 +100,7 @@ def masked_softmax_attention(
 
 
 def hidden_unless(mask: Tensor) -> Tensor:
-    """What hides logits when it is added: 0 where ``mask`` is true, else -inf. Many times faster than to fill them."""
+    """What hides finite logits when it is added: 0 where ``mask`` is true, else -inf. Many times faster than a fill."""
     return torch.where(mask, 0.0, -torch.inf)
 
 

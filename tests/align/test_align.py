@@ -213,6 +213,36 @@ def test_many_sequences_give_fewer_rows_each() -> None:
     assert FitSettings().suited(10**9).rows == 1
 
 
+def test_a_token_that_is_asked_for_counts_as_often_as_it_is_weighted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads, error = (torch.randn(2, 6, size, generator=generator) for size in (4, 3))
+    once, often = (_Correction(SimpleNamespace(o_proj=torch.nn.Linear(4, 3))) for _ in "ab")
+    once.add(slice(0, 2), heads, error, torch.tensor([1.0, 8, 1, 1, 1, 1]).expand(2, 6))
+    again = torch.tensor([0, *[1] * 8, 2, 3, 4, 5])
+    often.add(slice(0, 2), heads[:, again], error[:, again], torch.ones(2, 13))
+    for mine, theirs in ((once.gram, often.gram), (once.cross, often.cross), (once.energy, often.energy)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_emphasis_changes_only_what_is_asked_for(tiny_base: Callable[..., Path]) -> None:
+    tokens, asked = _tokens(96), torch.zeros(96, 64, dtype=torch.bool)
+    models = [_converted(tiny_base("llama"), "F S0 W F") for _ in "abc"]
+    for model, answers in zip(models, (None, asked, ~asked), strict=True):
+        align(model, tokens[:, :64], SETTINGS, answers)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    for one, other in zip(models[0].parameters(), models[2].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # the same weight everywhere
+    asked[:, 40:] = True
+    emphasised = _converted(tiny_base("llama"), "F S0 W F")
+    align(emphasised, tokens[:, :64], SETTINGS, asked)
+    changed = [
+        name
+        for (name, one), other in zip(models[0].named_parameters(), emphasised.parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert changed and all(name.endswith("o_proj.weight") for name in changed)
+
+
 def test_folds_are_alternate_sequences() -> None:
     for batch in (1, 3, 8):
         fit = _Correction(SimpleNamespace(o_proj=torch.nn.Linear(2, 3)))

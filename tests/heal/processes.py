@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from tests.conftest import ROOT
 
 HEAL = """
@@ -64,16 +66,19 @@ def forked(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     logs = [folder / f"process-{rank}.log" for rank in range(count)]
+    threads = 1 if count > 1 else torch.get_num_threads()  # sums in one process depend on their number
     places = [_place(rank, port) if count > 1 else {} for rank in range(count)]
     processes = [
-        context.Process(target=_run, args=(before + HEAL, arguments, variables | place, str(log)))
+        context.Process(target=_run, args=(before + HEAL, arguments, variables | place, str(log), threads))
         for place, log in zip(places, logs, strict=True)
     ]
     for process in processes:
         process.start()
     try:
-        while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        while not any(process.exitcode for process in processes):
             alive = [process.sentinel for process in processes if process.is_alive()]
+            if not alive:
+                break
             assert multiprocessing.connection.wait(alive, SECONDS), f"nothing ended in {SECONDS} s"
     finally:
         for process in processes:
@@ -91,12 +96,10 @@ def _place(rank: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _run(script: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
-    import torch
-
+def _run(script: str, arguments: list[str], variables: dict[str, str], log: str, threads: int) -> None:
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 2)
     os.environ.update(variables)
     sys.argv[1:] = arguments
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     exec(compile(script, "heal.py", "exec"), {"__name__": "__main__"})

@@ -122,7 +122,7 @@ def test_fsdp1_is_refused(converted: Path, recipe: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize(("before", "variables"), [("", {}), (ON_A_CPU, FSDP)], ids=["DDP", "FSDP2"])
-def test_a_dead_process_ends_the_run_and_its_state_goes_on_in_one_process_or_two(
+def test_the_state_of_a_run_whose_process_died_goes_on_in_one_process_or_two(
     converted: Path, recipe: Callable[..., Any], tmp_path: Path, before: str, variables: dict[str, str]
 ) -> None:
     chosen = recipe(micro_tokens=32)

@@ -13,9 +13,11 @@ from hyconvert.checkpoint import open_source
 from hyconvert.conversion import Calibration, convert, load_base_as
 from hyconvert.errors import DataError, HyconvertError, PlanError
 from hyconvert.measure import Costs, JointEvaluator, MeasureSettings, measure, refine
+from hyconvert.measure.run import read_sequences
 from hyconvert.modeling import HyConvertConfig
 from hyconvert.plan import Plan, parse_line
 from hyconvert.planning import choose, read_costs, rivals
+from hyconvert.retrieval import Mixed
 from hyconvert.solve import Budget, Rules
 
 
@@ -78,16 +80,34 @@ def test_a_cost_is_the_true_damage_of_the_plan_with_that_layer_alone(
 
 
 def test_whole_plans_are_measured_with_compensation_and_as_they_are_converted(
-    base: Path, costs: Costs, evaluator: JointEvaluator
+    base: Path, costs: Costs, evaluator: JointEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan(layers=parse_line("F W S0 S0"), **costs.settings.plan_settings())
     source = open_source(base)
     model = load_base_as(HyConvertConfig.from_base(source.config, plan), source, torch.device("cpu"))
+    asked = torch.rand(evaluator.text.tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    monkeypatch.setattr(evaluator, "text", Mixed(evaluator.text.tokens, asked))
+    monkeypatch.setattr(evaluator, "compensated", ("", []))
     align(model, evaluator.text.tokens, evaluator.fit, evaluator.text.asked)
     tokens = evaluator.prompts.tokens[:1]
     for wanted in (plan, Plan(layers=parse_line("F*4"), **costs.settings.plan_settings()), plan):
         hidden = evaluator.hidden(wanted, tokens)
     torch.testing.assert_close(hidden, model.model(tokens).last_hidden_state, rtol=1e-3, atol=1e-3)
+
+
+def test_more_text_to_fit_on_leaves_the_prompts_as_they_are(
+    base: Path, text: str, settings: MeasureSettings, tmp_path: Path
+) -> None:
+    source, words = open_source(base), Path(text).read_text()
+    for name in "ab":  # a document gives four sequences at most
+        (tmp_path / f"{name}.txt").write_text(words if name == "a" else words[::-1])
+    settings = settings.model_copy(update={"calibration": str(tmp_path)})
+    (some, prompts), (more, same) = (read_sequences(source, settings, wanted) for wanted in (None, 2048))
+    assert (len(some), len(more)) == (2, 4) and torch.equal(some.tokens, more.tokens[:2])
+    assert torch.equal(prompts.tokens, same.tokens)
+    assert not any(
+        torch.equal(row, text) for row in more.tokens[2:] for text in (*some.tokens, *prompts.tokens)
+    )
 
 
 def test_nothing_changed_costs_nothing(costs: Costs, evaluator: JointEvaluator) -> None:
@@ -117,7 +137,7 @@ def test_refinement_begins_at_the_best_of_several_plans(costs: Costs, evaluator:
 
 def test_rivals_keep_to_the_bounds(costs: Costs, base: Path) -> None:
     config, rules = open_source(base).config, Rules(pinned={3: "full", 0: "window"})
-    found = rivals(costs, config, Budget(full_layers=2), rules)
+    found = rivals(costs, config, Budget(full_layers=2), rules, 2)
     assert (
         len(found) == 6
     )  # no retrieval, three times as much, each of three tasks, the largest window damage
