@@ -246,35 +246,31 @@ def refine(
     costs.counted(tasks)
     best, reading = plan, evaluator.read(plan)
     before = after = evaluator.weigh(reading, retrieval, tasks)
-    seen, moves, tried = {plan.line}, [], 0
-    with progress("Trying swaps", total=tries) as step:
-        for rival in others:
-            if rival.line in seen or not allowed(rival) or tried == tries:
-                continue
-            seen.add(rival.line)
-            tried += 1
-            found = evaluator.read(rival)
-            damage = evaluator.weigh(found, retrieval, tasks)
-            step(f"{rival.line}: {damage:.4f} against {after:.4f}")
-            if damage < after:
-                best, reading, after, moves = rival, found, damage, [f"begun at {rival.line}"]
-        while tried < tries:
-            for move, candidate in _moves(best, costs, retrieval, tasks, pinned):
-                if candidate.line in seen or not allowed(candidate):
-                    continue
-                seen.add(candidate.line)
-                tried += 1
-                found = evaluator.read(candidate)
-                damage = evaluator.weigh(found, retrieval, tasks)
-                step(f"{move}: {damage:.4f} against {after:.4f}")
-                if damage < after:
-                    best, reading, after = candidate, found, damage
-                    moves.append(move)
-                    break
-                if tried == tries:
-                    break
-            else:
-                break
+    moves: list[str] = []
+    seen, tried = {plan.line}, 0
+
+    def improves(move: str, candidate: Plan) -> bool:
+        nonlocal best, reading, after, tried
+        seen.add(candidate.line)
+        tried += 1
+        found = evaluator.read(candidate)
+        damage = evaluator.weigh(found, retrieval, tasks)
+        step(f"{move}: {damage:.4f} against {after:.4f}")
+        if damage < after:
+            best, reading, after = candidate, found, damage
+            moves.append(move)
+            return True
+        return False
+
+    def new(candidate: Plan) -> bool:
+        return tried < tries and candidate.line not in seen and allowed(candidate)
+
+    with progress("Trying rivals and swaps", total=tries) as step:
+        for rival in filter(new, others):
+            improves(f"begun at {rival.line}", rival)
+        moves = moves[-1:]
+        while any(improves(*pair) for pair in _moves(best, costs, retrieval, tasks, pinned) if new(pair[1])):
+            pass
     return Refinement(best, before, after, reading, tried, tuple(moves))
 
 
