@@ -123,12 +123,9 @@ def main() -> None:
             given = numbers(changes.split(",")) if changes else {}
             align(whole.model, fit.tokens, FitSettings(**given), fit.asked)
             row = {
-                "line": line,
-                "fit tokens": len(fit) * length,
-                "prompts among them": share,
-                "repeats in them": repeats,
-            }
-            row |= {"fit": given}
+                "line": line, "fit tokens": len(fit) * length, "prompts among them": share,
+                "repeats in them": repeats, "fit": given,
+            }  # fmt: skip
             row |= {"seconds": time.monotonic() - began, **held(whole, plan)}
             rows.append(row)
             options.out.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")

@@ -153,10 +153,8 @@ class JointEvaluator:
     def _assembled(self, plan: Plan) -> Iterator[None]:
         """The model with the plan's layers in place of its own."""
         layers = self.model.model.layers
-        own, used = (
-            [layer.self_attn for layer in layers],
-            [self.attention(i, c) for i, c in enumerate(plan.layers)],
-        )
+        own = [layer.self_attn for layer in layers]
+        used = [self.attention(i, choice) for i, choice in enumerate(plan.layers)]
         try:
             for layer, module in zip(layers, used, strict=True):
                 layer.self_attn = module

@@ -138,9 +138,8 @@ def test_refinement_begins_at_the_best_of_several_plans(costs: Costs, evaluator:
 def test_rivals_keep_to_the_bounds(costs: Costs, base: Path) -> None:
     config, rules = open_source(base).config, Rules(pinned={3: "full", 0: "window"})
     found = rivals(costs, config, Budget(full_layers=2), rules, 2)
-    assert (
-        len(found) == 6
-    )  # no retrieval, three times as much, each of three tasks, the largest window damage
+    # No retrieval, three times as much, each of three tasks, the largest window damage.
+    assert len(found) == 6
     for plan in found:
         assert 3 in plan.full_layers and plan.layers[0].kind == "window" and len(plan.full_layers) <= 2
     windows = {layer: costs.table[layer, "window", None].damage() for layer in (1, 2)}
